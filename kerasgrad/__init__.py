@@ -9,7 +9,28 @@ if keras.backend.backend() != "tensorflow":
         '    import os; os.environ["KERAS_BACKEND"] = "tensorflow"'
     )
 
-from kerasgrad import callbacks, layers, tasks
+from kerasgrad import callbacks, layers, remedies, tasks
+from kerasgrad.diagnosis import Finding, diagnose
 from kerasgrad.history import GradientHistory
+from kerasgrad.remedies import compare
 
-__all__ = ["GradientHistory", "callbacks", "layers", "tasks"]
+__all__ = [
+    "Finding",
+    "GradientHistory",
+    "callbacks",
+    "compare",
+    "diagnose",
+    "layers",
+    "plots",
+    "remedies",
+    "tasks",
+]
+
+
+def __getattr__(name: str):
+    # Matplotlib is slow to import, and a training needs none of it.
+    if name == "plots":
+        import importlib
+
+        return importlib.import_module("kerasgrad.plots")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
