@@ -18,7 +18,8 @@ With g_t = ∂L/∂s_t as it arrives from the outputs alone, back-propagation th
     simple recurrence    ∂L/∂W   = Σ_t δ_t s_{t-1}ᵀ       (the article's equation 5, summed over t)
     gated recurrence     ∂L/∂f_t = δ_t ⊙ s_{t-1}
 
-A step that the mask leaves out repeats the state, s_t = s_{t-1}, so δ_t = 0 and λ_{t-1} = g_{t-1} + λ_t.
+A step that the mask leaves out repeats the state, s_t = s_{t-1}, so δ_t = 0 and
+λ_{t-1} = g_{t-1} + λ_t.
 
 The code below is these lines. It is fast because only λ needs a loop: Φ' is a function of s_t
 alone (1 - s² for tanh), so the forward pass keeps nothing but the states, and δ and the gradients
@@ -65,7 +66,7 @@ def simple_recurrence(
     Args:
         z: (timesteps, batch, units), the part of a_t that the state has no share in.
         initial_state: (batch, units), s_0.
-        recurrent_kernel: (units, units), W; a row vector s is multiplied from the left, as in Keras.
+        recurrent_kernel: (units, units), W; multiplies a row vector s from the right, as in Keras.
         activation: Φ, one of Keras's linear, tanh, sigmoid, relu.
         mask: (timesteps, batch, 1) bool; False repeats the previous state.
         recurrent_dropout_mask: (batch, units), multiplies s_{t-1} before W at every step.
@@ -91,8 +92,7 @@ def simple_recurrence(
 
         return s, gradient
 
-    # A custom gradient takes tensors, not variables.
-    return recurrence(z, initial_state, tf.convert_to_tensor(recurrent_kernel))
+    return recurrence(*_tensors(z, initial_state, recurrent_kernel))
 
 
 def gated_recurrence(
@@ -130,7 +130,7 @@ def gated_recurrence(
 
         return s, gradient
 
-    return recurrence(z, initial_state, forget_gate)
+    return recurrence(*_tensors(z, initial_state, forget_gate))
 
 
 # Compiled apart from the model around them: under XLA these loops write their results in place,
@@ -215,6 +215,12 @@ def _all_steps(array):
 
 def _dropped(s, dropout):
     return s if dropout is None else s * dropout
+
+
+def _tensors(*values):
+    # A custom gradient keeps a variable as it is, and would read it in the backward pass, when a
+    # stateful layer has already put the new state there.
+    return [tf.convert_to_tensor(value) for value in values]
 
 
 def _constants(*tensors):

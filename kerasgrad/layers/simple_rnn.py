@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras import ops
 
 # Keras's own cell is equation 1 already, s_t = Φ(U x_t + W s_{t-1} + b): a second one would only
 # repeat it.
 from keras.layers import SimpleRNNCell
-from keras import ops
 
 from kerasgrad.layers.recurrence import StateGradients, is_explicit, simple_recurrence
 from kerasgrad.layers.sequences import to_keras, to_time_major
