@@ -73,11 +73,12 @@ def _compare(options: argparse.Namespace) -> int:
     )
     samples = {} if options.task == "digits" else {"samples": 4000}
     task = make_task(options.task, timesteps=options.timesteps, **samples)
+    runs = iterate_runs(task, options.remedies, settings, range(options.seeds))
     _check_writable(options.out)
     comparison = Comparison(task, settings)
     status = 0
     try:
-        for run in iterate_runs(task, options.remedies, settings, range(options.seeds)):
+        for run in runs:
             comparison.runs.append(run)
     except KeyboardInterrupt:
         finished = ", ".join(run.remedy for run in comparison.runs) or "none"

@@ -147,7 +147,8 @@ def _vanishing_through_time(history: GradientHistory) -> Iterator[Finding]:
 
 def _clipping_always(history: GradientHistory) -> Iterator[Finding]:
     if history.clip_rate > CLIPPING_ALWAYS:
-        median = np.median(history.global_norm[np.isfinite(history.global_norm)])
+        finite = history.global_norm[np.isfinite(history.global_norm)]
+        median = np.median(finite) if len(finite) else np.nan
         yield Finding(
             kind="clipping_always",
             severity="warning",
@@ -170,9 +171,12 @@ _LOOK_FOR: tuple[Callable[[GradientHistory], Iterator[Finding]], ...] = (
 
 
 def _clip_at(norm):
+    # Where nothing usual was measured, 1: Keras refuses 0. It takes one kind of clipping at a time.
+    norm = norm if 0 < norm < np.inf else 1.0
+    clipping = f"{{'clipnorm': {norm:.2g}, 'global_clipnorm': None, 'clipvalue': None}}"
     return (
         "model.compile(type(model.optimizer).from_config("
-        f"model.optimizer.get_config() | {{'clipnorm': {norm:.2g}}}), loss=model.loss)"
+        f"model.optimizer.get_config() | {clipping}), loss=model.loss)"
     )
 
 

@@ -33,8 +33,10 @@ def plot_norms(history: GradientHistory, ax: Axes | None = None) -> Axes:
     step = history.step
     ax.plot(step, _finite(history.global_norm), color=_COLORS[0], lw=1, label="before clipping")
     if history.clipped.any():
-        after = _finite(history.applied_global_norm)
-        ax.plot(step, after, color=_COLORS[1], lw=1, ls="--", label="after clipping")
+        # Nothing is applied where there is no update: gaps there would leave no line.
+        updated = history.updated
+        after = _finite(history.applied_global_norm[updated])
+        ax.plot(step[updated], after, color=_COLORS[1], lw=1, ls="--", label="after clipping")
     _mark_non_finite(ax, step, history.global_norm)
     _log_scale(ax)
     ax.set(xlabel="optimizer step", ylabel="global gradient norm")
@@ -62,7 +64,8 @@ def plot_weight_norms(
     _mark_non_finite(ax, history.step, history.global_norm)
     _log_scale(ax)
     ax.set(xlabel="optimizer step", ylabel="gradient norm before clipping" + _mean_of(average))
-    ax.legend(loc="best", fontsize="x-small")
+    if ax.lines:
+        ax.legend(loc="best", fontsize="x-small")
     return ax
 
 
@@ -164,7 +167,8 @@ def plot_compared_losses(
         constant_loss, color="grey", lw=0.8, zorder=0, label=f"constant answer, {constant_loss:.3g}"
     )
     # One training that explodes would flatten all others: its line leaves through the upper edge.
-    ax.set_ylim(top=min(ax.get_ylim()[1], 1e3 * constant_loss))
+    if ax.dataLim.y1 > 1e3 * constant_loss:
+        ax.set_ylim(top=1e3 * constant_loss)
     ax.legend(loc="upper right", fontsize="small", handlelength=4, title="×: NaN or Inf")
     return ax
 
@@ -203,13 +207,16 @@ def plot_compared_state_norms(
     """`plot_state_norms` of several trainings in one picture; those without state norms left out.
 
     Args:
-        histories: {name: record} with at most one recurrent layer each.
+        histories: {name: record}; a line for each recurrent layer of each.
         ax: axes to draw into; new ones by default.
     """
     ax = ax or plt.subplots(figsize=(8, 5), layout="constrained")[1]
-    for style, (name, history) in zip(_styles(), histories.items(), strict=False):
-        if history.state_norms:
-            plot_state_norms(history, ax, label=name, **style)
+    styles = _styles()
+    for name, history in histories.items():
+        layers = list(history.state_norms)
+        for layer in layers:
+            label = name if len(layers) == 1 else f"{name}, {layer}"
+            plot_state_norms(history, ax, layer=layer, label=label, **next(styles))
     return ax
 
 
@@ -222,7 +229,9 @@ def _averaged(steps, values, average):
     if len(values) < average:
         return steps, values
     n = len(values) // average * average
-    return steps[:n].reshape(-1, average)[:, -1], values[:n].reshape(-1, average).mean(axis=1)
+    # In float64, as the sum of float32 losses that explode may be beyond their range.
+    means = values[:n].reshape(-1, average).mean(axis=1, dtype=np.float64)
+    return steps[:n].reshape(-1, average)[:, -1], means
 
 
 def _mean_of(average):

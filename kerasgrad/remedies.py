@@ -12,8 +12,8 @@ from typing import Any
 
 import keras
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -236,8 +236,9 @@ class Comparison:
                 "median of the last 100 steps"
             ),
             caption_justify="left",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
+            box=None,
+            padding=(0, 1),
+            pad_edge=False,
         )
         table.add_column("remedy", no_wrap=True)
         table.add_column("held-out\nloss", justify="right", no_wrap=True)
@@ -250,8 +251,9 @@ class Comparison:
         table.add_column("what went wrong")
         several_seeds = len({run.seed for run in self.runs}) > 1
         for row in self.rows():
+            name = escape(row["remedy"])  # One's own name may have brackets: rich's markup.
             cells = [
-                f"{row['remedy']} (seed {row['seed']})" if several_seeds else row["remedy"],
+                f"{name} (seed {row['seed']})" if several_seeds else name,
                 f"{row['test_loss']:.4g}",
                 str(row["solved_at_step"]) if row["solved"] else "no",
                 f"{row['largest_norm_before_clipping']:.2g}",
@@ -346,12 +348,15 @@ def iterate_runs(
     seeds: Sequence[int],
     verbose: int = 1,
 ) -> Iterator[Run]:
-    """The runs of `compare`, each as soon as it has ended."""
-    remedies = _by_name(remedies)
+    """The runs of `compare`, each as soon as it has ended. A wrong name is told at once."""
+    return _runs(task, _by_name(remedies), settings, seeds, verbose)
+
+
+def _runs(task, remedies, settings, seeds, verbose):
     epochs = ceil(settings.steps / ceil(task.samples / settings.batch_size))
     steps = epochs * ceil(task.samples / settings.batch_size)
     with Progress(
-        TextColumn("{task.description}", justify="left"),
+        TextColumn("{task.description}", justify="left", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("steps, loss {task.fields[loss]:.4g}"),
@@ -363,7 +368,7 @@ def iterate_runs(
             for name, remedy in remedies.items():
                 label = f"{name} (seed {seed})" if len(seeds) > 1 else name
                 bar = progress.add_task(label, total=steps, loss=np.nan)
-                watch = _ShowProgress(progress, bar)
+                watch = _Watch(progress, bar)
                 yield _train(task, name, remedy, settings, seed, epochs, watch)
 
 
@@ -407,7 +412,7 @@ def _train(task, name, remedy, settings, seed, epochs, progress):
         validation_data=(task.x_test, task.y_test),
         validation_batch_size=256,
         verbose=0,
-        callbacks=[norms, keras.callbacks.TerminateOnNaN(), progress],
+        callbacks=[norms, progress],
     )
     logs = result.history
     losses = [float(loss) for loss in logs["val_loss"]]
@@ -423,8 +428,8 @@ def _train(task, name, remedy, settings, seed, epochs, progress):
     )
 
 
-class _ShowProgress(keras.callbacks.Callback):
-    """Moves one rich progress bar along with a fit."""
+class _Watch(keras.callbacks.Callback):
+    """Moves one rich progress bar along with a fit, and ends the fit when its loss is no number."""
 
     def __init__(self, progress: Progress, bar: Any):
         super().__init__()
@@ -433,6 +438,8 @@ class _ShowProgress(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self._progress.update(self._bar, advance=1, loss=logs["loss"])
+        if not np.isfinite(logs["loss"]):
+            self.model.stop_training = True
 
     def on_train_end(self, logs=None):
         # A training that ended early is not one that waits.

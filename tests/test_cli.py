@@ -1,0 +1,311 @@
+"""The command line, in this process and, for a real Ctrl-C, in another."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kerasgrad.remedies
+from kerasgrad import GradientHistory
+from kerasgrad.cli import main
+from kerasgrad.remedies import DEFAULT_REMEDIES, REMEDIES
+from kerasgrad.tasks import TASKS
+
+REPOSITORY = Path(__file__).parents[1]
+# The command line's 4000 sequences are 4 steps of 1000.
+TINY = ["--timesteps", "5", "--units", "3", "--batch-size", "1000", "--steps", "4"]
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Whatever is wrong must be found before the first training starts."""
+
+    def train(*_):
+        pytest.fail("a training was started")
+
+    monkeypatch.setattr(kerasgrad.remedies, "_train", train)
+
+
+@pytest.fixture
+def planted_training(monkeypatch):
+    """In place of each training a history of three steps, for what only concerns the command."""
+    trained = []
+
+    def train(task, name, remedy, settings, seed, epochs, progress):
+        trained.append((task, name, settings, seed))
+        history = GradientHistory()
+        history.append(
+            weights=["w"],
+            step=range(3),
+            norms=np.ones((3, 1)),
+            loss=np.ones(3),
+            state_norms={"rnn": np.ones((3, 4))},
+        )
+        return kerasgrad.remedies.Run(name, seed, history, [3], [0.5])
+
+    monkeypatch.setattr(kerasgrad.remedies, "_train", train)
+    return trained
+
+
+def only_line(err: str) -> str:
+    """The one line of an error, without its prefix."""
+    (line,) = err.splitlines()
+    prefix = "kerasgrad: error: "
+    assert line.startswith(prefix)
+    return line.removeprefix(prefix)
+
+
+# The main job
+
+
+def test_compare(tmp_path, capsys):
+    out = tmp_path / "made" / "here"
+    status = main(["compare", *TINY, "--remedies", "baseline", "clipnorm", "--out", str(out)])
+    assert status == 0
+    stdout, stderr = capsys.readouterr()
+    rows = {line.split()[0]: line.split() for line in stdout.splitlines() if line.strip()}
+    assert rows["baseline"][2] == rows["clipnorm"][2] == "no"
+    assert rows["baseline"][4] == "0%"
+    assert "adding, T = 5, 4000 sequences: 3 units, batches of 1000, 4 steps of" in stdout
+    assert str(out) in stdout.splitlines()[-1]
+    bars = [line.split()[0] for line in stderr.splitlines()]
+    assert bars == ["baseline", "clipnorm"]
+    assert stderr.count("4/4 steps") == 2
+    assert {path.name for path in out.iterdir()} == {
+        *("comparison.csv", "baseline.npz", "clipnorm.npz"),
+        *("loss.png", "gradient_norms.png", "state_norms.png"),
+    }
+    with open(out / "comparison.csv", newline="", encoding="utf-8") as file:
+        cells = {row["remedy"]: row for row in csv.DictReader(file)}
+    assert rows["baseline"][1] == f"{float(cells['baseline']['test_loss']):.4g}"
+    assert len(GradientHistory.load(out / "clipnorm.npz")) == 4
+
+
+@pytest.mark.usefixtures("planted_training")
+def test_findings_are_told_in_whole_lines_under_the_table(tmp_path, capsys, monkeypatch):
+    def train(task, name, *_):
+        history = GradientHistory()
+        history.append(weights=["w"], step=[0, 1], norms=[[3.0], [np.nan]], loss=[1.0, np.nan])
+        return kerasgrad.remedies.Run(name, 0, history, [2], [np.nan])
+
+    monkeypatch.setattr(kerasgrad.remedies, "_train", train)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["compare", *TINY, "--remedies", "relu", "--out", str(tmp_path)]) == 0
+    expected = "relu: non finite, step 1 (w): NaN, after a largest global norm of 3 before clipping"
+    assert expected in capsys.readouterr().out.splitlines()
+
+
+def test_the_defaults_are_those_of_the_main_job(planted_training, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare"]) == 0
+    assert [name for _, name, _, _ in planted_training] == list(DEFAULT_REMEDIES)
+    task, _, settings, seed = planted_training[0]
+    assert (task.name, task.timesteps, seed) == ("adding", 100, 0)
+    assert settings == kerasgrad.remedies.Settings()
+    assert (tmp_path / "kerasgrad-compare" / "comparison.csv").exists()
+
+
+def test_options_arrive(planted_training, tmp_path, capsys):
+    options = "--units 7 --batch-size 50 --steps 9 --learning-rate 0.5 --momentum 0 --clipnorm 3"
+    arguments = ["compare", "--task", "copying", "--timesteps", "8", *options.split()]
+    arguments += ["--seeds", "2", "--remedies", "keras_lstm", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert [(name, seed) for _, name, _, seed in planted_training] == [
+        ("keras_lstm", 0),
+        ("keras_lstm", 1),
+    ]
+    task, _, settings, _ = planted_training[0]
+    assert (task.name, task.timesteps) == ("copying", 8 + 20)
+    assert settings == kerasgrad.remedies.Settings(7, 50, 9, 0.5, 0.0, 3.0)
+    assert (tmp_path / "keras_lstm-seed1.npz").exists()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_can_be_named(task, planted_training, tmp_path, capsys):
+    if task == "digits":
+        pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    timesteps = [] if task == "digits" else ["--timesteps", "20"]
+    arguments = ["compare", "--task", task, *timesteps, "--remedies", "relu"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    assert planted_training[0][0].name == task
+
+
+# Bad input
+
+BAD_INPUT = {
+    "unknown task": (["--task", "magic"], ["'magic'", *TASKS]),
+    "unknown remedy": (["--remedies", "relu", "magic"], ["'magic'", *REMEDIES]),
+    "one step": (["--timesteps", "1"], ["timesteps=1", "at least 2"]),
+    "digits of another length": (["--task", "digits", "--timesteps", "65"], ["65", "64"]),
+    "no seed": (["--seeds", "0"], ["--seeds", "at least 1", "0"]),
+    "negative steps": (["--steps", "-1"], ["steps must be positive", "-1"]),
+    "no units": (["--units", "0"], ["units must be positive", "0"]),
+    "no learning rate": (["--learning-rate", "nan"], ["learning_rate must be positive", "nan"]),
+    "momentum of 1": (["--momentum", "1"], ["momentum must be in [0, 1)", "1.0"]),
+}
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(("options", "words"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_one_line_and_status_2(options, words, tmp_path, capsys):
+    assert main(["compare", "--out", str(tmp_path / "out"), *options]) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    message = only_line(stderr)
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists(), "an empty folder was left"
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("below", ["", "folder", "folder/folder"])
+def test_an_unwritable_folder_is_found_before_training(below, tmp_path, capsys):
+    # Permissions would not keep root out; a folder cannot be where there is a file.
+    (tmp_path / "file").write_text("precious")
+    folder = tmp_path / "file" / below
+    assert main(["compare", *TINY, "--out", str(folder)]) == 2
+    message = only_line(capsys.readouterr().err)
+    assert f"cannot write into the folder {folder}" in message
+    assert "--out" in message
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_found_before_training(tmp_path, capsys):
+    tmp_path.chmod(0o555)
+    try:
+        assert main(["compare", *TINY, "--out", str(tmp_path)]) == 2
+    finally:
+        tmp_path.chmod(0o755)
+    assert "Permission denied" in only_line(capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_digits_without_scikit_learn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["compare", "--task", "digits", "--out", str(tmp_path / "out")]) == 2
+    assert 'pip install "kerasgrad[digits]"' in only_line(capsys.readouterr().err)
+
+
+def test_an_error_of_several_lines_is_told_in_one(tmp_path, capsys, monkeypatch):
+    """Keras's own messages often have several."""
+
+    def train(*_):
+        raise ValueError("The layer has\n\n  no shape.\nGive it one.")
+
+    monkeypatch.setattr(kerasgrad.remedies, "_train", train)
+    assert main(["compare", *TINY, "--out", str(tmp_path)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "kerasgrad: error: The layer has no shape. Give it one."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "COMMAND"),
+        (["magic"], "magic"),
+        (["compare", "--magic"], "--magic"),
+        (["compare", "--steps", "many"], "many"),
+        (["compare", "--remedies"], "--remedies"),
+    ],
+)
+def test_what_argparse_refuses_is_status_2_too(arguments, word, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error:" in last
+    assert word in last
+
+
+def test_help_names_what_there_is(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for word in ("--out", "--seeds", "--learning-rate", "default: 1500", *TASKS, *REMEDIES):
+        assert word in text
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize(
+    ("before", "finished", "files"),
+    [(0, "none", set()), (2, "baseline, clipnorm", {"baseline.npz", "clipnorm.npz"})],
+)
+def test_an_interrupted_comparison_keeps_what_finished(
+    before, finished, files, planted_training, tmp_path, capsys, monkeypatch
+):
+    train = kerasgrad.remedies._train
+
+    def interrupted(*arguments):
+        if len(planted_training) == before:
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(kerasgrad.remedies, "_train", interrupted)
+    remedies = ["--remedies", "baseline", "clipnorm", "relu", "keras_lstm"]
+    assert main(["compare", *TINY, *remedies, "--out", str(tmp_path)]) == 130
+    stdout, stderr = capsys.readouterr()
+    expected = f"kerasgrad: interrupted; remedies that finished: {finished}"
+    assert stderr.splitlines()[-1] == expected
+    assert {path.name for path in tmp_path.glob("*.npz")} == files
+    assert (tmp_path / "comparison.csv").exists() is bool(files)
+    first_words = {line.split()[0] for line in stdout.splitlines() if line.strip()}
+    assert {"baseline", "clipnorm"} & first_words == {f.removesuffix(".npz") for f in files}
+    assert "relu" not in first_words
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+def test_a_real_interrupt(tmp_path):
+    """The first remedy is over soon, as it goes to NaN; the second would take for ever."""
+    arguments = ["compare", *TINY[:-2], "--steps", "100000000", "--learning-rate", "1e6"]
+    arguments += ["--remedies", "baseline", "clipnorm", "--out", str(tmp_path / "out")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        "FORCE_COLOR": "1",  # rich then shows the bars as they move, as on a terminal.
+        "PYTHONUNBUFFERED": "1",
+    }
+    # Straight from a shell's background job, SIGINT would be ignored.
+    start = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start += "runpy.run_module('kerasgrad', run_name='__main__', alter_sys=True)"
+    log = tmp_path / "stderr"
+    with open(log, "wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", start, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            cwd=tmp_path,
+            env=environment,
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while b"clipnorm" not in log.read_bytes():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            stdout, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.wait()
+    told = log.read_text()
+    assert process.returncode == 130, told
+    assert told.splitlines()[-1].endswith("interrupted; remedies that finished: baseline")
+    assert "Traceback" not in told
+    assert "non finite" in stdout.decode()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"baseline.npz", "comparison.csv", "loss.png"} <= names
+    assert "clipnorm.npz" not in names
+    assert not np.isfinite(GradientHistory.load(tmp_path / "out" / "baseline.npz").loss[-1])
