@@ -1,4 +1,4 @@
-"""The command line: kerasgrad compare."""
+"""The command line: kerasgrad compare, kerasgrad diagnose."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from kerasgrad.diagnosis import diagnose
+from kerasgrad.history import GradientHistory
 from kerasgrad.remedies import DEFAULT_REMEDIES, REMEDIES, Comparison, Settings, iterate_runs
 from kerasgrad.tasks import TASKS, make_task
 
@@ -62,7 +64,21 @@ def _parser() -> argparse.ArgumentParser:
             default=setting.default,
             help="of every training",
         )
+    record = commands.add_parser(
+        "diagnose", help="say what is wrong in a training, from its record"
+    )
+    record.set_defaults(command=_diagnose)
+    record.add_argument("record", type=Path, help="a .npz file of GradientHistory.save")
     return parser
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    findings = diagnose(GradientHistory.load(options.record))
+    for finding in findings:
+        print(finding, f"    try: {finding.advice}", sep="\n")
+    if not findings:
+        print("nothing found")
+    return 0
 
 
 def _compare(options: argparse.Namespace) -> int:

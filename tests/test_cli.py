@@ -309,3 +309,40 @@ def test_a_real_interrupt(tmp_path):
     assert {"baseline.npz", "comparison.csv", "loss.png"} <= names
     assert "clipnorm.npz" not in names
     assert not np.isfinite(GradientHistory.load(tmp_path / "out" / "baseline.npz").loss[-1])
+
+
+def test_diagnose_prints_what_the_record_shows(tmp_path, capsys):
+    history = GradientHistory()
+    history.append(weights=["w"], step=[0, 1], norms=[[2.0], [np.nan]])
+    history.save(tmp_path / "run.npz")
+    assert main(["diagnose", str(tmp_path / "run.npz")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("non finite, step 1 (w): NaN, after a largest global norm of 2")
+    assert "try: model.compile(" in printed
+
+
+def test_diagnose_of_a_healthy_record(tmp_path, capsys):
+    history = GradientHistory()
+    history.append(weights=["w"], step=np.arange(50), norms=np.ones((50, 1)))
+    history.save(tmp_path / "run.npz")
+    assert main(["diagnose", str(tmp_path / "run.npz")]) == 0
+    assert capsys.readouterr().out == "nothing found\n"
+
+
+@pytest.mark.parametrize("cut", [0, 10, -30], ids=["empty", "start", "truncated"])
+def test_diagnose_of_a_damaged_record(tmp_path, capsys, cut):
+    history = GradientHistory()
+    history.append(weights=["w"], step=[0], norms=[[2.0]])
+    path = tmp_path / "run.npz"
+    history.save(path)
+    path.write_bytes(path.read_bytes()[:cut])
+    assert main(["diagnose", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("kerasgrad: error:") and error.count("\n") == 1
+    assert "run.npz is not a whole record of GradientHistory.save" in error
+
+
+def test_diagnose_of_a_missing_record(tmp_path, capsys):
+    assert main(["diagnose", str(tmp_path / "none.npz")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "none.npz" in error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from kerasgrad.layers.recurrence import StateGradients, gated_recurrence, is_explicit
@@ -132,19 +133,19 @@ class SimplifiedLSTMCell(keras.layers.Layer):
             return keras.initializers.Constant(self.forget_bias)
         return keras.initializers.Ones() if self.unit_forget_bias else self.bias_initializer
 
-    def forget_gate(self, x):
+    def forget_gate(self, x: tf.Tensor) -> tf.Tensor:
         """f_t = σ(W_f x_t + b_f), of one step or of a whole sequence."""
         return _gate(x, self.kernel_f, self.bias_f)
 
-    def input_gate(self, x):
+    def input_gate(self, x: tf.Tensor) -> tf.Tensor:
         """i_t = σ(W_i x_t + b_i), of one step or of a whole sequence."""
         return _gate(x, self.kernel_i, self.bias_i)
 
-    def output_gate(self, x):
+    def output_gate(self, x: tf.Tensor) -> tf.Tensor:
         """o_t = σ(W_o x_t + b_o), of one step or of a whole sequence."""
         return _gate(x, self.kernel_o, self.bias_o)
 
-    def candidate(self, x):
+    def candidate(self, x: tf.Tensor) -> tf.Tensor:
         """x_t itself, or W_c x_t with project_input."""
         return x if self.kernel_c is None else ops.matmul(x, self.kernel_c)
 
@@ -153,7 +154,8 @@ class SimplifiedLSTMCell(keras.layers.Layer):
         S = self.activation(self.forget_gate(x) * S + self.input_gate(x) * self.candidate(x))
         return self.output_gate(x) * S, [S]
 
-    def get_initial_state(self, batch_size=None):
+    def get_initial_state(self, batch_size: int | tf.Tensor | None = None) -> list[tf.Tensor]:
+        """S_0 = 0, for a batch of this size."""
         return [ops.zeros((batch_size, self.units), dtype=self.compute_dtype)]
 
     def get_config(self):
@@ -275,6 +277,11 @@ class SimplifiedLSTM(keras.layers.RNN):
             on_state_gradients=self.on_state_gradients,
         )
         return to_keras(self, cell.output_gate(x) * S, S[-1], mask)
+
+    @property
+    def units(self) -> int:
+        """The size of S_t and h_t."""
+        return self.cell.units
 
     def get_config(self):
         config = super().get_config()
