@@ -6,7 +6,7 @@ of this one model and its optimizer (instance attributes; the classes stay as th
 
     model.train_step          a step begins
     model.compute_loss        its loss
-    layer.on_state_gradients  ∂L/∂s_t, from the BPTT of kerasgrad's layers
+    layer.inner_loop          a call of a kerasgrad layer, whose BPTT will hand over ∂L/∂s_t
     optimizer.apply           the gradients, as the train step's own GradientTape computed them
     optimizer._clip_gradients the gradients, after clipping
     model.train_function      counts steps, and takes all hooks away when a step fails
@@ -22,6 +22,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
@@ -60,7 +61,8 @@ class GradientNorms(keras.callbacks.Callback):
             `train_step` uses several; `histories` then has one record for each.
 
     Raises:
-        ValueError: at the start of `fit`, when the model has no optimizer or no trainable weights.
+        ValueError: at the start of `fit`, when the model has no optimizer or no trainable weights,
+            or its `train_step` is wrapped in tf.function.
 
     Example:
 
@@ -115,10 +117,17 @@ class GradientNorms(keras.callbacks.Callback):
                     'optimizers={"name": optimizer} for a train_step with its own optimizers.'
                 )
             optimizers = {"": model.optimizer}
-        if not model.trainable_variables:
+        # A model without an input shape has no weights at all before its first batch.
+        if model.built and not model.trainable_variables:
             raise ValueError(
                 f"GradientNorms found no trainable weights in model {model.name!r}: there is no "
                 "gradient to record. Set `trainable = True` on a layer and compile again."
+            )
+        if isinstance(model.train_step, tf.types.experimental.PolymorphicFunction):
+            raise ValueError(
+                f"{type(model).__name__}.train_step is wrapped in tf.function, which keeps what it "
+                "once traced: GradientNorms cannot record in it. Remove the tf.function; fit "
+                "compiles train_step itself."
             )
         self._hooks = TrainStepHooks.of(model, self._hooks)
         for name, optimizer in optimizers.items():
@@ -169,6 +178,10 @@ class TrainStepHooks:
         self._traced_for: list[_Recorder] = []
         self._replaced: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self._steps: dict[int, _Step] = {}
+        # Held in variables from where they are computed until the optimizer has the step's row: the
+        # place may be inside of a tf.function of the user's, from which no tensor can be carried
+        # out.
+        self._held_loss = tf.Variable(np.nan, dtype=tf.float64, trainable=False)
         self._held_state_norms: dict[tuple[str, int], _HeldStateNorms] = {}
 
     @classmethod
@@ -189,14 +202,13 @@ class TrainStepHooks:
         return cls(model)
 
     def add(self, recorder: _Recorder) -> None:
-        # A LossScaleOptimizer hands the unscaled gradients to the one inside, which clips them.
-        clipping = getattr(recorder.optimizer, "inner_optimizer", recorder.optimizer)
-        _check_clip_method(clipping)
+        updating = _updating(recorder.optimizer)
+        _check_clip_method(updating)
         if not self.recorders:
             self._attach()
         self.recorders.append(recorder)
         self._replace(recorder.optimizer, "apply", self._apply)
-        self._replace(clipping, _CLIP_METHOD, self._clip_gradients)
+        self._replace(updating, _CLIP_METHOD, self._clip_gradients)
 
     def remove(self, recorder: _Recorder) -> None:
         if recorder in self.recorders:
@@ -226,14 +238,12 @@ class TrainStepHooks:
         self._replace(model, "make_train_function", self._begin_next_fit)
         for layer in _all_layers(model):
             if hasattr(layer, "on_state_gradients"):
-                self._replace(layer, "on_state_gradients", self._state_gradients)
+                self._replace(layer, "inner_loop", self._inner_loop)
         model.train_function = self
 
     def _detach(self):
         for owner, name, before in self._replaced.values():
-            object.__delattr__(owner, name)
-            if before is not None:
-                object.__setattr__(owner, name, before)
+            _restore(owner, name, before)
         self._replaced.clear()
         if self.model.train_function is self:
             self.model.train_function = self._plain_function
@@ -281,6 +291,8 @@ class TrainStepHooks:
     def _train_step(self, model, train_step, *args, **kwargs):
         replica = _replica_id()
         self._steps[replica] = _Step()
+        if _is_first_replica():
+            self._held_loss.assign(np.nan)
         try:
             return train_step(*args, **kwargs)
         finally:
@@ -288,28 +300,47 @@ class TrainStepHooks:
 
     def _compute_loss(self, model, compute_loss, *args, **kwargs):
         loss = compute_loss(*args, **kwargs)
-        step = self._steps.get(_replica_id())
-        if step is not None:  # Validation computes a loss, too.
-            step.loss = loss
+        if _replica_id() in self._steps:  # Validation computes a loss, too.
+            # What the tape differentiates is the sum, where somebody's loss is not a scalar.
+            (total,) = _sum_over_replicas([tf.reduce_sum(_read_apart(loss))])
+            if _is_first_replica():
+                self._held_loss.assign(tf.cast(total, tf.float64))
         return loss
 
-    def _state_gradients(self, layer, inner, λ):
+    def _inner_loop(self, layer, inner_loop, sequences, *args, **kwargs):
+        step = self._steps.get(_replica_id())
+        if step is None:
+            return inner_loop(sequences, *args, **kwargs)
+        # The gradients of a layer's calls come in no particular order: each call has its number.
+        step.calls += 1
+        call, T = step.calls, sequences.shape[1]
+        before = vars(layer).get("on_state_gradients")
+        object.__setattr__(
+            layer,
+            "on_state_gradients",
+            lambda λ: self._hold_state_norms(layer.path, call, T, λ),
+        )
+        try:
+            return inner_loop(sequences, *args, **kwargs)
+        finally:
+            _restore(layer, "on_state_gradients", before)
+
+    def _hold_state_norms(self, path, call, T, λ):
         step = self._steps.get(_replica_id())
         if step is None:  # Somebody's own tape, outside of the train step.
             return
-        # Held in a variable until the optimizer has the step's row: the layer may be inside of a
-        # tf.function of the user's, from which a tensor could not be carried out.
-        key = layer.path, step.calls[layer.path]
-        step.calls[layer.path] += 1
-        norms = _mean_over_replicas(_state_norms(λ))
-        T = norms.shape[0]
+        # Counted again as they arrive: Keras also calls layers just to learn their output shapes,
+        # but only when it builds them, and every trace must find the variables of the first.
+        key = path, step.state_gradients[path]
+        step.state_gradients[path] += 1
+        norms = _mean_over_replicas(tf.ensure_shape(_state_norms(λ), [T]))
         if key not in self._held_state_norms:
-            with tf.init_scope():
-                self._held_state_norms[key] = _HeldStateNorms(T)
+            self._held_state_norms[key] = _outside_of_the_trace(lambda: _HeldStateNorms(T))
         held = self._held_state_norms[key]
-        if self.model.jit_compile is True and T != held.traced_timesteps:
+        held.call = call
+        if self.model.jit_compile is True and held.timesteps != T:
             warnings.warn(
-                f"GradientNorms records no state norms of layer {layer.path!r} for sequences of "
+                f"GradientNorms records no state norms of layer {path!r} for sequences of "
                 "varying length under jit_compile=True, where a variable cannot change its shape. "
                 "Pad the sequences to one length, or compile with jit_compile=False.",
                 stacklevel=2,
@@ -319,25 +350,36 @@ class TrainStepHooks:
 
     def _apply(self, optimizer, apply, grads, trainable_variables=None):
         step = self._steps.get(_replica_id())
-        if step is None:  # Somebody's own update, outside of the train step.
+        # Nothing to record: somebody's own update, outside of the train step, or an empty one.
+        if step is None or len(grads) == 0:
             return apply(grads, trainable_variables)
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
         variables = trainable_variables or _variables_built_on(optimizer)
-        variables, step.grads = list(variables), list(grads)
+        # The scales of float8 training come as gradients, too, and are no such thing.
+        given = [
+            (g, v)
+            for g, v in zip(grads, variables, strict=False)
+            if not getattr(v, "overwrite_with_gradient", False)
+        ]
+        step.grads, variables = [g for g, _ in given], [v for _, v in given]
         # With loss scaling, what comes is the gradient of the scaled loss.
         scale = optimizer.scale_loss(1.0)
         step.norms = _norms(step.grads)
-        loss = np.nan if step.loss is None else _sum_over_replicas([step.loss])[0]
         if _is_first_replica():
+            iterations, loss = _updating(optimizer).iterations, self._held_loss.read_value()
             step.rows = [
-                recorder.open_row(variables, optimizer.iterations, step.norms, scale, loss)
+                recorder.open_row(variables, iterations, step.norms, scale, loss)
                 for recorder in self.recorders
                 if recorder.optimizer is optimizer
             ]
             for key, held in self._held_state_norms.items():
                 norms = held.take() / tf.cast(scale, tf.float64)
                 for row in step.rows:
-                    row.write_state_norms(key, norms, held.traced_timesteps)
-        apply(step.grads, trainable_variables)
+                    row.write_state_norms(
+                        key, norms, held, fixed_length=self.model.jit_compile is True
+                    )
+        apply(grads, trainable_variables)
         for row in step.rows:
             row.close()
         step.end_update()
@@ -349,7 +391,7 @@ class TrainStepHooks:
         step = self._steps.get(_replica_id())
         if step is None or not step.grads:  # Not of an update that is recorded.
             return clipped
-        given = [(g, norm) for g, norm in zip(step.grads, step.norms) if g is not None]
+        given = [(g, norm) for g, norm in zip(step.grads, step.norms, strict=True) if g is not None]
         if _same(grads, [g for g, _ in given]):
             before = [norm for _, norm in given]
         else:  # Unscaled, or the mean over the micro-steps of gradient accumulation.
@@ -364,22 +406,23 @@ class _Step:
     """What the hooks have seen of the train step that is being traced."""
 
     def __init__(self):
-        self.loss: tf.Tensor | None = None
-        self.calls: Counter[str] = Counter()  # of each layer's gradient, by path
+        self.calls = 0  # of recurrent layers
+        self.state_gradients: Counter[str] = Counter()  # of each recurrent layer, by path
         self.end_update()
 
     def end_update(self):
         self.grads: list = []
         self.norms: list[tf.Tensor] = []
         self.rows: list[_Row] = []
-        self.calls.clear()
+        self.state_gradients.clear()
 
 
 class _HeldStateNorms:
     """A layer's state norms of one call, (T,) float64, from its gradient until the update."""
 
     def __init__(self, timesteps: int | None):
-        self.traced_timesteps = timesteps
+        self.timesteps = timesteps  # of the first trace; others may differ, except under XLA
+        self.call = 0
         self.variable = tf.Variable(
             tf.fill([timesteps or 0], tf.constant(np.nan, tf.float64)),
             shape=[None],
@@ -388,15 +431,13 @@ class _HeldStateNorms:
 
     def take(self) -> tf.Tensor:
         norms = self.variable.read_value()
-        if self.traced_timesteps is not None:
-            norms = tf.ensure_shape(norms, [self.traced_timesteps])
         # A layer that the next step does not use must not show this step's norms there.
         self.variable.assign(tf.fill(tf.shape(norms), tf.constant(np.nan, tf.float64)))
         return norms
 
 
 class _Recorder:
-    """One optimizer's record: ring buffers in the graph, and the history that they are read into."""
+    """One optimizer's record: ring buffers in the graph, and the history they are read into."""
 
     def __init__(self):
         self.history = GradientHistory()
@@ -435,10 +476,10 @@ class _Recorder:
         weights = _paths(variables)
         if weights not in self._buffers:
             wide = any(v.dtype in ("float64", tf.float64) for v in variables)
-            with tf.init_scope():
-                self._buffers[weights] = _RingBuffer(
-                    weights, self._capacity, tf.float64 if wide else tf.float32
-                )
+            dtype = tf.float64 if wide else tf.float32
+            self._buffers[weights] = _outside_of_the_trace(
+                lambda: _RingBuffer(weights, self._capacity, dtype)
+            )
         row = _Row(self._buffers[weights], norms)
         row.write_given(step, scale, loss)
         return row
@@ -486,16 +527,21 @@ class _RingBuffer:
         # Norms of what went into clipping and of what came out of it, side by side.
         self.clipping = tf.Variable(tf.zeros([capacity, 2 * W], dtype), trainable=False)
         self.state_norms: dict[tuple[str, int], tf.Variable] = {}
+        self._calls: dict[tuple[str, int], int] = {}
         self._read = 0
 
-    def state_norms_of(self, key: tuple[str, int], timesteps: int | None) -> tf.Variable:
+    def state_norms_of(self, key: tuple[str, int], held: _HeldStateNorms) -> tf.Variable:
         """(capacity, T); T grows with the longest sequence, where it is not known beforehand."""
+        self._calls[key] = held.call
         if key not in self.state_norms:
-            with tf.init_scope():
-                empty = tf.fill([self.capacity, timesteps or 0], tf.constant(np.nan, self.dtype))
-                self.state_norms[key] = tf.Variable(
-                    empty, shape=[self.capacity, None], trainable=False
+            shape = self.capacity, held.timesteps or 0
+            self.state_norms[key] = _outside_of_the_trace(
+                lambda: tf.Variable(
+                    tf.fill(shape, tf.constant(np.nan, self.dtype)),
+                    shape=[self.capacity, None],
+                    trainable=False,
                 )
+            )
         return self.state_norms[key]
 
     def read(self) -> dict[str, Any]:
@@ -532,11 +578,11 @@ class _RingBuffer:
         }
 
     def _name(self, key):
-        """The layer's path; with the number of the call, where a step calls the layer repeatedly."""
-        path, call = key
-        calls = sum(other == path for other, _ in self.state_norms)
-        # The gradient meets a step's last call first.
-        return path if calls == 1 else f"{path} (call {calls - call} of {calls})"
+        """The layer's path; and the number of the call, where a step calls the layer repeatedly."""
+        path, _ = key
+        calls = sorted(call for (other, _), call in self._calls.items() if other == path)
+        number = calls.index(self._calls[key]) + 1
+        return path if len(calls) == 1 else f"{path} (call {number} of {len(calls)})"
 
 
 class _Row:
@@ -558,10 +604,10 @@ class _Row:
         not_updated = tf.fill([2 * len(norms)], tf.constant(_NO_GRADIENT, buffer.dtype))
         self._write(buffer.clipping, not_updated)
 
-    def write_state_norms(self, key, norms, timesteps):
-        variable = self._buffer.state_norms_of(key, timesteps)
+    def write_state_norms(self, key, norms, held, fixed_length):
+        variable = self._buffer.state_norms_of(key, held)
         norms = tf.cast(norms, variable.dtype)
-        if timesteps is None:
+        if not fixed_length:
             _make_as_wide(variable, norms)
             unused = tf.shape(variable)[1] - tf.shape(norms)[0]
             norms = tf.pad(norms, [[0, unused]], constant_values=np.nan)
@@ -572,12 +618,17 @@ class _Row:
         self._write(self._buffer.clipping, values)
 
     def close(self):
-        self._buffer.count.assign_add(1)
+        # TensorFlow runs in any order what does not depend on each other, and a step that fails
+        # half way must not leave a row.
+        with tf.control_dependencies(_side_effects()):
+            self._buffer.count.assign_add(1)
 
     def _by_weight(self, norms):
         """Norms in the buffer's columns; `norms` may leave out those of missing gradients."""
-        norms = iter([norm for norm in norms if norm is not None])
-        values = [_NO_GRADIENT if norm is None else next(norms) for norm in self._norms]
+        present = [i for i, norm in enumerate(self._norms) if norm is not None]
+        values = [_NO_GRADIENT] * len(self._norms)
+        for i, norm in zip(present, [n for n in norms if n is not None], strict=True):
+            values[i] = norm
         return tf.cast(tf.stack([tf.cast(v, tf.float64) for v in values]), self._buffer.dtype)
 
     def _write(self, variable, value):
@@ -595,6 +646,36 @@ def _make_as_wide(variable, values):
     tf.cond(tf.shape(values)[0] > tf.shape(variable)[1], widen, lambda: None)
 
 
+def _outside_of_the_trace(create: Callable[[], Any]) -> Any:
+    """create(), which makes variables, while TensorFlow traces the train step.
+
+    tf.function traces a second time when it sees a variable being made (even in tf.init_scope),
+    and refuses one that a later trace makes. In a thread of its own there is nothing to see.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(create).result()
+
+
+def _side_effects() -> list[tf.Operation]:
+    """All operations of the train step that is being traced which do more than compute a value."""
+    if tf.executing_eagerly():
+        return []
+    operations = tf.compat.v1.get_default_graph().get_operations()
+    return [operation for operation in operations if operation.op_def.is_stateful]
+
+
+def _restore(owner: Any, name: str, before: Any) -> None:
+    """Undo object.__setattr__(owner, name, ...), where vars(owner).get(name) was `before`."""
+    object.__delattr__(owner, name)
+    if before is not None:
+        object.__setattr__(owner, name, before)
+
+
+def _updating(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """What clips, updates and counts: the optimizer inside of a LossScaleOptimizer, or itself."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
 def _norms(grads: list) -> list[tf.Tensor | None]:
     """L2 norm of each gradient, float64; None for None. Over all replicas, of their sum."""
     present = _sum_over_replicas([g for g in grads if g is not None])
@@ -605,8 +686,25 @@ def _norms(grads: list) -> list[tf.Tensor | None]:
 def _norm(g: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
     # In float64 the square of any smaller float neither overflows nor vanishes: a gradient of
     # 1e-30 has a norm, and so has one of 1e30.
-    values = tf.cast(_summed_rows(g) if isinstance(g, tf.IndexedSlices) else g, tf.float64)
+    values = _summed_rows(g) if isinstance(g, tf.IndexedSlices) else _read_apart(g)
+    values = tf.cast(values, tf.float64)
     return tf.sqrt(tf.reduce_sum(values * values))
+
+
+_PRODUCTS = {"Mul": tf.raw_ops.Mul, "RealDiv": tf.raw_ops.RealDiv}
+
+
+def _read_apart(tensor: tf.Tensor) -> tf.Tensor:
+    """The same tensor, read so that the update is compiled as it is without a reader.
+
+    TensorFlow's graph optimizer turns lr * (scale * g) into (lr * scale) * g, which rounds
+    otherwise, unless somebody else reads scale * g. So a product is not read, but multiplied once
+    more; a Snapshot of its factors keeps the optimizer from seeing that both are the same.
+    """
+    if tf.executing_eagerly() or tensor.op.type not in _PRODUCTS:
+        return tensor
+    x, y = (tf.raw_ops.Snapshot(input=_read_apart(factor)) for factor in tensor.op.inputs)
+    return _PRODUCTS[tensor.op.type](x=x, y=y)
 
 
 def _summed_rows(g: tf.IndexedSlices) -> tf.Tensor:
@@ -616,7 +714,7 @@ def _summed_rows(g: tf.IndexedSlices) -> tf.Tensor:
     is_new = tf.cast(indices[1:] != indices[:-1], tf.int32)
     segments = tf.concat([[0], tf.cumsum(is_new)], axis=0)
     return tf.math.unsorted_segment_sum(
-        tf.gather(g.values, order), segments, tf.shape(g.indices)[0]
+        tf.gather(_read_apart(g.values), order), segments, tf.shape(g.indices)[0]
     )
 
 
@@ -627,7 +725,7 @@ def _state_norms(λ: tf.Tensor) -> tf.Tensor:
 
 
 def _same(tensors: list, others: list) -> bool:
-    return len(tensors) == len(others) and all(a is b for a, b in zip(tensors, others))
+    return len(tensors) == len(others) and all(a is b for a, b in zip(tensors, others, strict=True))
 
 
 # tf.distribute: each replica traces the train step. The loss and the gradients of the global batch
@@ -668,7 +766,7 @@ _CLIP_METHOD = "_clip_gradients"
 def _check_clip_method(optimizer: keras.optimizers.Optimizer) -> None:
     if not callable(getattr(optimizer, _CLIP_METHOD, None)):
         raise RuntimeError(
-            f"{type(optimizer).__name__} of Keras {keras.__version__} has no method {_CLIP_METHOD}, "
+            f"{type(optimizer).__name__} of Keras {keras.__version__} has no {_CLIP_METHOD}, "
             "where GradientNorms measures what clipping does. Expected an optimizer derived from "
             "keras.optimizers.Optimizer, of a Keras version that kerasgrad supports (see its "
             "README)."

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,8 +214,8 @@ class GradientHistory:
     @property
     def clip_rate(self) -> float:
         """Share of the updates that clipping changed; NaN when there was no update."""
-        updates = np.count_nonzero(self.updated)
-        return np.count_nonzero(self.clipped & self.updated) / updates if updates else np.nan
+        updates = int(np.count_nonzero(self.updated))
+        return int(np.count_nonzero(self.clipped & self.updated)) / updates if updates else np.nan
 
     @property
     def reach(self) -> dict[str, np.ndarray]:
@@ -232,15 +232,19 @@ class GradientHistory:
         arrays = {name: getattr(rows, name) for name in _COLUMNS}
         arrays |= {f"state_norms_{i}": rows.state_norms[layer] for i, layer in enumerate(layers)}
         path = Path(path)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
-            np.savez_compressed(
-                file,
-                format=_FORMAT,
-                weights=np.array(rows.weights, dtype=str),
-                layers=np.array(layers, dtype=str),
-                **arrays,
-            )
-        os.replace(file.name, path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            with open(partial, "wb") as file:
+                np.savez_compressed(
+                    file,
+                    format=_FORMAT,
+                    weights=np.array(rows.weights, dtype=str),
+                    layers=np.array(layers, dtype=str),
+                    **arrays,
+                )
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> GradientHistory:
@@ -265,7 +269,7 @@ class GradientHistory:
                 )
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             raise ValueError(
                 f"{os.fspath(path)} is not a whole record of GradientHistory.save ({error}). "
                 f"Expected a .npz file that it wrote, in format {_FORMAT}."
@@ -308,6 +312,21 @@ class GradientHistory:
         return self._pieces[0]
 
 
+# What NumPy and zipfile raise for files that they did not write, or that were cut off or damaged.
+_UNREADABLE = (
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
 _COLUMNS = (
     "step",
     "epoch",
@@ -323,8 +342,8 @@ _COLUMNS = (
 def global_norm(norms: np.ndarray, missing: np.ndarray) -> np.ndarray:
     """sqrt(Σ_w norms[i, w]²) of each row, over the weights that have a gradient."""
     # In float64 the square of any float32 norm neither overflows nor vanishes.
-    norms = np.where(missing, 0.0, norms.astype(np.float64))
-    return np.sqrt(np.sum(norms**2, axis=1))
+    squares = np.square(norms, dtype=np.float64, where=~missing, out=np.zeros(norms.shape))
+    return np.sqrt(np.sum(squares, axis=1))
 
 
 def is_clipped(clip_factor: np.ndarray) -> np.ndarray:
