@@ -1,8 +1,8 @@
 """GradientNorms: the gradient norms of every step of `model.fit`, from the gradients it computed.
 
 How the record is made. `fit` compiles its train step into a graph, so what is to be measured must
-be part of that graph. While a callback records, `TrainStepHooks` stands around a handful of methods
-of this one model and its optimizer (instance attributes; the classes stay as they are):
+be part of that graph. While a callback records, `_TrainStepHooks` stands around a handful of
+methods of this one model and its optimizer (instance attributes; the classes stay as they are):
 
     model.train_step          a step begins
     model.compute_loss        its loss
@@ -12,17 +12,21 @@ of this one model and its optimizer (instance attributes; the classes stay as th
     model.train_function      counts steps, and takes all hooks away when a step fails
     model.make_train_function takes all hooks away when the next fit begins
 
-The norms are assigned, inside the graph, to variables used as ring buffers (`_RingBuffer`), which
-the host reads now and then. Nothing is computed twice, and no batch waits for the host.
+The norms are assigned, inside the graph, to variables used as ring buffers (see
+`kerasgrad.ring_buffer`), which the host reads now and then. Nothing is computed twice, and no batch
+waits for the host.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -30,9 +34,23 @@ import numpy as np
 import tensorflow as tf
 
 from kerasgrad.history import GradientHistory, global_norm, is_clipped
+from kerasgrad.norms import gradient_norms, read_apart, state_norms
+from kerasgrad.ring_buffer import (
+    HeldStateNorms,
+    RingBuffer,
+    Row,
+    outside_of_the_trace,
+    same,
+    when,
+)
+from kerasgrad.streams import CSVStream, TensorBoardStream
 
 _ROWS = 256  # Steps between two reads of a ring buffer, at most.
-_NO_GRADIENT = -1.0  # A norm is never negative, and NaN is a norm that can occur.
+_STRATEGIES = (
+    type(tf.distribute.get_strategy()),
+    tf.distribute.OneDeviceStrategy,
+    tf.distribute.MirroredStrategy,
+)
 
 
 class GradientNorms(keras.callbacks.Callback):
@@ -44,25 +62,49 @@ class GradientNorms(keras.callbacks.Callback):
     loss scale undone: the L2 norm of each weight's gradient, the batch's own loss, and for
     kerasgrad's recurrent layers the norms of ∂L/∂s_t. See `kerasgrad.GradientHistory`.
 
-    Each epoch's logs gain `grad_norm` (mean over the epoch's steps of the global norm before
-    clipping), `grad_norm_max` (its maximum) and `grad_clip_rate` (share of the updates that
+    Each epoch's logs gain `grad_norm` (mean over the epoch's recorded steps of the global norm
+    before clipping), `grad_norm_max` (its maximum) and `grad_clip_rate` (share of the updates that
     clipping changed); with several optimizers each name ends in `_<key of optimizers>`. A NaN in
     any step makes the first two NaN. History, CSVLogger and trackers see them; a callback that
     monitors them, such as EarlyStopping(monitor="grad_norm", mode="min"), must come after
-    GradientNorms in the list, since Keras hands logs from callback to callback in that order.
+    GradientNorms in the list, since Keras hands logs from callback to callback in that order. With
+    batch_logs=True they are in the logs before the first callback sees them, in any order.
 
-    `fit` called again with the same callback goes on with the same record. When `fit` ends, or a
-    step raises, the model is as if the callback had never been there. An exception elsewhere (in
-    another callback, in the data) leaves the hooks until the next `fit`, `detach()`, or the end of
+    `fit` called again with the same callback goes on with the same record. A training that
+    keras.callbacks.BackupAndRestore has put back to an earlier step replaces the rows from there
+    on; in a new process it finds the earlier rows in `csv`. When `fit` ends, or a step raises, the
+    model is as if the callback had never been there. An exception elsewhere (in another callback,
+    in the data) leaves the hooks until the next `fit`, `detach()`, or the end of
     `with GradientNorms() as norms:`.
 
     Args:
         optimizers: None for `model.optimizer`, or a dict of names to optimizers for a model whose
             `train_step` uses several; `histories` then has one record for each.
+        weights: which weights to record: a pattern or a list of patterns (as in fnmatch, against a
+            variable's path or its name: "*/recurrent_kernel", "bias"), or a function of the
+            variable. The global norms are then those of the recorded weights. None is all.
+        every: record the steps whose number divides by this, and compute no norms at the others.
+        csv: a file that each row is appended to as soon as its step is done; with several
+            optimizers <name>_<key>.csv each. ∂L/∂s_t is not in it.
+        log_dir: a folder for TensorBoard: gradient_norm/... before and applied_gradient_norm/...
+            after clipping by step, and once an epoch an image of ‖∂L/∂s_t‖; with several optimizers
+            a folder each below it.
+        batch_logs: show the epoch's grad_norm so far in the progress bar.
+        on_nonfinite: what to do when a gradient is NaN or Inf: "warn" once and go on, "stop" the
+            training, or "raise" a FloatingPointError. The last two leave the weights as they were
+            before that step. Steps that a LossScaleOptimizer skips do not count. None does nothing.
+        stop_above: stop the training when the global norm before clipping is above this, and leave
+            the weights as they were before that step.
+
+    csv, log_dir, batch_logs, on_nonfinite and stop_above read the record after each call of the
+    train function; otherwise it is read every hundred steps or so. Under MirroredStrategy a
+    training that is stopped has applied its last gradient.
 
     Raises:
         ValueError: at the start of `fit`, when the model has no optimizer or no trainable weights,
-            or its `train_step` is wrapped in tf.function.
+            its `train_step` is wrapped in tf.function, no weight is selected, `csv` is a file of
+            somebody else's, or the model is trained under a strategy other than MirroredStrategy.
+        OSError: at the start of `fit`, when `csv` cannot be written.
 
     Example:
 
@@ -79,11 +121,44 @@ class GradientNorms(keras.callbacks.Callback):
     (True, 1.0)
     """
 
-    def __init__(self, optimizers: Mapping[str, keras.optimizers.Optimizer] | None = None):
+    def __init__(
+        self,
+        optimizers: Mapping[str, keras.optimizers.Optimizer] | None = None,
+        *,
+        weights: str | Sequence[str] | Callable[[keras.Variable], bool] | None = None,
+        every: int = 1,
+        csv: str | os.PathLike | None = None,
+        log_dir: str | os.PathLike | None = None,
+        batch_logs: bool = False,
+        on_nonfinite: str | None = None,
+        stop_above: float | None = None,
+    ):
         super().__init__()
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a positive number of steps. Received: {every!r}.")
+        if on_nonfinite not in (None, "warn", "stop", "raise"):
+            raise ValueError(
+                f'on_nonfinite must be None, "warn", "stop" or "raise". Received: {on_nonfinite!r}.'
+            )
+        if stop_above is not None and not stop_above > 0:
+            raise ValueError(f"stop_above must be a positive norm. Received: {stop_above!r}.")
         self._optimizers = optimizers
-        self._recorders: dict[str, _Recorder] = {}
-        self._hooks: TrainStepHooks | None = None
+        self._selects = _selector(weights)
+        self._weights = weights
+        self._batch_logs = batch_logs
+        self._recorders = {
+            name: _Recorder(
+                name,
+                selects=self._selects,
+                every=every,
+                limits=_Limits(on_nonfinite, stop_above),
+                csv=None if csv is None else CSVStream(_named(Path(csv), name)),
+                tensorboard=None if log_dir is None else TensorBoardStream(Path(log_dir) / name),
+                batch_logs=batch_logs,
+            )
+            for name in ([""] if optimizers is None else optimizers)
+        }
+        self._hooks: _TrainStepHooks | None = None
 
     @property
     def history(self) -> GradientHistory:
@@ -97,7 +172,7 @@ class GradientNorms(keras.callbacks.Callback):
                 "This GradientNorms has one history for each of its optimizers. Use "
                 f"`histories[name]` with one of {list(self._optimizers)}."
             )
-        return self.histories.get("", GradientHistory())
+        return self.histories[""]
 
     @property
     def histories(self) -> dict[str, GradientHistory]:
@@ -117,11 +192,18 @@ class GradientNorms(keras.callbacks.Callback):
                     'optimizers={"name": optimizer} for a train_step with its own optimizers.'
                 )
             optimizers = {"": model.optimizer}
-        # A model without an input shape has no weights at all before its first batch.
-        if model.built and not model.trainable_variables:
+        self._check(model)
+        self._hooks = _TrainStepHooks.of(model, self._hooks)
+        for name, recorder in self._recorders.items():
+            recorder.begin(optimizers[name], model.steps_per_execution)
+            self._hooks.add(recorder)
+
+    def _check(self, model):
+        strategy = model.distribute_strategy
+        if strategy is not None and not isinstance(strategy, _STRATEGIES):
             raise ValueError(
-                f"GradientNorms found no trainable weights in model {model.name!r}: there is no "
-                "gradient to record. Set `trainable = True` on a layer and compile again."
+                f"GradientNorms does not know how {type(strategy).__name__} adds up gradients. It "
+                "records under tf.distribute.MirroredStrategy, OneDeviceStrategy, or none."
             )
         if isinstance(model.train_step, tf.types.experimental.PolymorphicFunction):
             raise ValueError(
@@ -129,22 +211,29 @@ class GradientNorms(keras.callbacks.Callback):
                 "once traced: GradientNorms cannot record in it. Remove the tf.function; fit "
                 "compiles train_step itself."
             )
-        self._hooks = TrainStepHooks.of(model, self._hooks)
-        for name, optimizer in optimizers.items():
-            recorder = self._recorders.setdefault(name, _Recorder())
-            recorder.begin(optimizer, model.steps_per_execution)
-            self._hooks.add(recorder)
+        # A model without an input shape has no weights at all before its first batch.
+        if model.built and not model.trainable_variables:
+            raise ValueError(
+                f"GradientNorms found no trainable weights in model {model.name!r}: there is no "
+                "gradient to record. Set `trainable = True` on a layer and compile again."
+            )
+        if model.built and not any(map(self._selects, model.trainable_variables)):
+            raise ValueError(
+                f"weights={self._weights!r} selects none of the trainable weights: "
+                f"{', '.join(v.path for v in model.trainable_variables)}."
+            )
+        for recorder in self._recorders.values():
+            recorder.check()
 
     def on_epoch_begin(self, epoch, logs=None):
         for recorder in self._recorders.values():
             recorder.begin_epoch(epoch)
 
     def on_epoch_end(self, epoch, logs=None):
-        for name, recorder in self._recorders.items():
-            recorder.read()
+        for recorder in self._recorders.values():
+            recorder.end_epoch()
             if logs is not None:
-                suffix = f"_{name}" if name else ""
-                logs |= {key + suffix: value for key, value in recorder.summary().items()}
+                logs |= recorder.summary()
 
     def on_train_end(self, logs=None):
         self.detach()
@@ -152,7 +241,7 @@ class GradientNorms(keras.callbacks.Callback):
     def detach(self) -> None:
         """Take the hooks off the model. The record stays; the next `fit` goes on with it."""
         for recorder in self._recorders.values():
-            recorder.read()
+            recorder.end()
             if self._hooks is not None:
                 self._hooks.remove(recorder)
 
@@ -163,7 +252,7 @@ class GradientNorms(keras.callbacks.Callback):
         self.detach()
 
 
-class TrainStepHooks:
+class _TrainStepHooks:
     """The hooks around one model's train step, shared by all callbacks that record it.
 
     Stands in as `model.train_function` while there are recorders.
@@ -182,10 +271,12 @@ class TrainStepHooks:
         # place may be inside of a tf.function of the user's, from which no tensor can be carried
         # out.
         self._held_loss = tf.Variable(np.nan, dtype=tf.float64, trainable=False)
-        self._held_state_norms: dict[tuple[str, int], _HeldStateNorms] = {}
+        # Set at a step that a recorder's limits forbid; no later step of the same call counts.
+        self._halted = tf.Variable(False, trainable=False)
+        self._held_state_norms: dict[tuple[str, int], HeldStateNorms] = {}
 
     @classmethod
-    def of(cls, model: keras.Model, earlier: TrainStepHooks | None) -> TrainStepHooks:
+    def of(cls, model: keras.Model, earlier: _TrainStepHooks | None) -> _TrainStepHooks:
         """The hooks now on the model; else those of an earlier fit, if still right; else new ones.
 
         Keras keeps its compiled train function until the model is compiled again, and so do the
@@ -229,7 +320,24 @@ class TrainStepHooks:
             raise
         for recorder in self.recorders:
             recorder.read_if_due()
-        return logs
+        self._act_on_problems()
+        shown = [recorder.summary() for recorder in self.recorders if recorder.batch_logs]
+        return {key: value for part in (logs, *shown) for key, value in part.items()}
+
+    def _act_on_problems(self):
+        for recorder in self.recorders:
+            if recorder.problem is None:
+                continue
+            problem, action = recorder.problem
+            recorder.problem = None
+            self._halted.assign(False)
+            if action == "raise":
+                self._remove_all()
+                raise FloatingPointError(problem)
+            if action != "warn":
+                self.model.stop_training = True
+                problem += ": the training stops, with the weights of before this step."
+            warnings.warn(problem, stacklevel=2)
 
     def _attach(self):
         model = self.model
@@ -250,7 +358,7 @@ class TrainStepHooks:
 
     def _remove_all(self):
         for recorder in list(self.recorders):
-            recorder.read()
+            recorder.end()
             self.remove(recorder)
 
     def _replace(self, owner, name, around):
@@ -302,7 +410,7 @@ class TrainStepHooks:
         loss = compute_loss(*args, **kwargs)
         if _replica_id() in self._steps:  # Validation computes a loss, too.
             # What the tape differentiates is the sum, where somebody's loss is not a scalar.
-            (total,) = _sum_over_replicas([tf.reduce_sum(_read_apart(loss))])
+            (total,) = _sum_over_replicas([tf.reduce_sum(read_apart(loss))])
             if _is_first_replica():
                 self._held_loss.assign(tf.cast(total, tf.float64))
         return loss
@@ -333,9 +441,8 @@ class TrainStepHooks:
         # but only when it builds them, and every trace must find the variables of the first.
         key = path, step.state_gradients[path]
         step.state_gradients[path] += 1
-        norms = _mean_over_replicas(tf.ensure_shape(_state_norms(λ), [T]))
         if key not in self._held_state_norms:
-            self._held_state_norms[key] = _outside_of_the_trace(lambda: _HeldStateNorms(T))
+            self._held_state_norms[key] = outside_of_the_trace(lambda: HeldStateNorms(T))
         held = self._held_state_norms[key]
         held.call = call
         if self.model.jit_compile is True and held.timesteps != T:
@@ -345,8 +452,14 @@ class TrainStepHooks:
                 "Pad the sequences to one length, or compile with jit_compile=False.",
                 stacklevel=2,
             )
-        elif _is_first_replica():
-            held.variable.assign(norms)
+        elif _replicas() is not None:  # Replicas must meet outside of any condition.
+            norms = _mean_over_replicas(state_norms(λ))
+            if _is_first_replica():
+                held.variable.assign(norms)
+        else:
+            due = [recorder.is_due() for recorder in self.recorders]
+            due = None if None in due else tf.reduce_any(due)
+            when(due, lambda: held.variable.assign(tf.ensure_shape(state_norms(λ), [T])))
 
     def _apply(self, optimizer, apply, grads, trainable_variables=None):
         step = self._steps.get(_replica_id())
@@ -363,27 +476,55 @@ class TrainStepHooks:
             if not getattr(v, "overwrite_with_gradient", False)
         ]
         step.grads, variables = [g for g, _ in given], [v for _, v in given]
+        step.summed = _sum_over_replicas(step.grads)
         # With loss scaling, what comes is the gradient of the scaled loss.
         scale = optimizer.scale_loss(1.0)
-        step.norms = _norms(step.grads)
+        recorders = [recorder for recorder in self.recorders if recorder.optimizer is optimizer]
+        forbidden = self._is_forbidden(recorders, step, scale)
         if _is_first_replica():
-            iterations, loss = _updating(optimizer).iterations, self._held_loss.read_value()
-            step.rows = [
-                recorder.open_row(variables, iterations, step.norms, scale, loss)
-                for recorder in self.recorders
-                if recorder.optimizer is optimizer
-            ]
-            for key, held in self._held_state_norms.items():
-                norms = held.take() / tf.cast(scale, tf.float64)
-                for row in step.rows:
-                    row.write_state_norms(
-                        key, norms, held, fixed_length=self.model.jit_compile is True
-                    )
-        apply(grads, trainable_variables)
-        for row in step.rows:
+            self._open_rows(recorders, step, variables, scale, forbidden is not None)
+        if forbidden is None:
+            apply(grads, trainable_variables)
+        else:
+            if not optimizer.built:  # Variables cannot be made inside of a condition.
+                optimizer.build(variables)
+            when(forbidden, lambda: self._halted.assign(True))
+            when(~self._halted, lambda: apply(grads, trainable_variables))
+        for row, _ in step.rows:
             row.close()
         step.end_update()
         return None
+
+    def _is_forbidden(self, recorders, step, scale):
+        """Scalar bool, whether some recorder's limits forbid this update; None without limits."""
+        limits = [recorder.limits for recorder in recorders if recorder.limits.forbid]
+        if not limits or _replicas() is not None:
+            return None
+        norms = tf.stack(gradient_norms([g for g in step.summed if g is not None]))
+        norms = norms / tf.cast(scale, tf.float64)
+        skips_non_finite = _updating(recorders[0].optimizer) is not recorders[0].optimizer
+        checks = [limit.is_forbidden(norms, skips_non_finite) for limit in limits]
+        return tf.reduce_any(checks)
+
+    def _open_rows(self, recorders, step, variables, scale, may_halt):
+        for recorder in recorders:
+            columns = [i for i, v in enumerate(variables) if recorder.selects(v)]
+            if not columns:
+                continue
+            due = recorder.is_due()
+            if may_halt:
+                counts = tf.logical_not(self._halted)
+                due = counts if due is None else due & counts
+            buffer = recorder.buffer_of([variables[i] for i in columns])
+            row = Row(buffer, [step.summed[i] for i in columns], due)
+            row.write_given(
+                _updating(recorder.optimizer).iterations, scale, self._held_loss.read_value()
+            )
+            step.rows.append((row, columns))
+        for key, held in self._held_state_norms.items():
+            norms = held.take() / tf.cast(scale, tf.float64)
+            for row, _ in step.rows:
+                row.write_state_norms(key, norms, held, fixed_length=self.model.jit_compile is True)
 
     def _clip_gradients(self, optimizer, clip_gradients, grads):
         grads = list(grads)
@@ -391,14 +532,16 @@ class TrainStepHooks:
         step = self._steps.get(_replica_id())
         if step is None or not step.grads:  # Not of an update that is recorded.
             return clipped
-        given = [(g, norm) for g, norm in zip(step.grads, step.norms, strict=True) if g is not None]
-        if _same(grads, [g for g, _ in given]):
-            before = [norm for _, norm in given]
+        # Keras leaves out missing gradients on the way here.
+        present = [i for i, g in enumerate(step.grads) if g is not None]
+        if same(grads, [step.grads[i] for i in present]):
+            before = [step.summed[i] for i in present]
         else:  # Unscaled, or the mean over the micro-steps of gradient accumulation.
-            before = _norms(grads)
-        after = before if _same(grads, clipped) else _norms(clipped)
-        for row in step.rows:
-            row.write_applied(before, after)
+            before = _sum_over_replicas(grads)
+        after = before if same(grads, clipped) else _sum_over_replicas(clipped)
+        for row, columns in step.rows:
+            recorded = [k for k, i in enumerate(present) if i in columns]
+            row.write_applied([before[k] for k in recorded], [after[k] for k in recorded])
         return clipped
 
 
@@ -412,82 +555,147 @@ class _Step:
 
     def end_update(self):
         self.grads: list = []
-        self.norms: list[tf.Tensor] = []
-        self.rows: list[_Row] = []
+        self.summed: list = []  # over the replicas
+        self.rows: list[tuple[Row, list[int]]] = []  # with the weights that each records
         self.state_gradients.clear()
 
 
-class _HeldStateNorms:
-    """A layer's state norms of one call, (T,) float64, from its gradient until the update."""
+@dataclass(frozen=True)
+class _Limits:
+    """What makes a training stop."""
 
-    def __init__(self, timesteps: int | None):
-        self.timesteps = timesteps  # of the first trace; others may differ, except under XLA
-        self.call = 0
-        self.variable = tf.Variable(
-            tf.fill([timesteps or 0], tf.constant(np.nan, tf.float64)),
-            shape=[None],
-            trainable=False,
-        )
+    on_nonfinite: str | None
+    stop_above: float | None
 
-    def take(self) -> tf.Tensor:
-        norms = self.variable.read_value()
-        # A layer that the next step does not use must not show this step's norms there.
-        self.variable.assign(tf.fill(tf.shape(norms), tf.constant(np.nan, tf.float64)))
-        return norms
+    @property
+    def forbid(self) -> bool:
+        """Whether an update may have to be left out."""
+        return self.on_nonfinite in ("stop", "raise") or self.stop_above is not None
+
+    def is_forbidden(self, norms, skips_non_finite):
+        """In the graph: scalar bool, whether an update with these norms must be left out."""
+        checks = []
+        if self.on_nonfinite in ("stop", "raise") and not skips_non_finite:
+            checks.append(tf.reduce_any(~tf.math.is_finite(norms)))
+        if self.stop_above is not None:
+            checks.append(tf.norm(norms) > self.stop_above)
+        return tf.reduce_any(checks)
+
+    def problem_of(self, piece, skips_non_finite):
+        """(what was wrong in which step, what to do) of the first row over a limit, or None."""
+        norms, missing = piece["norms"], piece["missing"]
+        whole = global_norm(norms, missing)
+        for i, step in enumerate(piece["step"]):
+            bad = np.flatnonzero(~np.isfinite(norms[i]) & ~missing[i])
+            if self.on_nonfinite and len(bad) and not skips_non_finite:
+                value = "NaN" if np.isnan(norms[i, bad[0]]) else "Inf"
+                others = f" (and of {len(bad) - 1} more weights)" if len(bad) > 1 else ""
+                where = f"{piece['weights'][bad[0]]}{others}"
+                return f"The gradient of {where} is {value} at step {step}", self.on_nonfinite
+            if self.stop_above is not None and whole[i] > self.stop_above:
+                above = f"above stop_above={self.stop_above:g}"
+                return f"The gradient norm is {whole[i]:.3g} at step {step}, {above}", "stop"
+        return None
 
 
 class _Recorder:
-    """One optimizer's record: ring buffers in the graph, and the history they are read into."""
+    """One optimizer's record: ring buffers in the graph, the history they are read into, and where
+    else the rows go."""
 
-    def __init__(self):
+    def __init__(
+        self,
+        name: str,
+        selects: Callable[[keras.Variable], bool],
+        every: int,
+        limits: _Limits,
+        csv: CSVStream | None,
+        tensorboard: TensorBoardStream | None,
+        batch_logs: bool,
+    ):
         self.history = GradientHistory()
         self.optimizer: keras.optimizers.Optimizer | None = None
-        self._buffers: dict[tuple[str, ...], _RingBuffer] = {}
+        self.selects = selects
+        self.limits = limits
+        self.batch_logs = batch_logs
+        self.problem: tuple[str, str] | None = None
+        self._suffix = f"_{name}" if name else ""
+        self._every = every
+        self._csv = csv
+        self._tensorboard = tensorboard
+        self._reads_each_call = batch_logs or limits != _Limits(None, None)
+        self._reads_each_call |= csv is not None or tensorboard is not None
+        self._buffers: dict[tuple[str, ...], RingBuffer] = {}
         self._capacity = _ROWS
-        self._epoch = 0
         # A user may read the history from a thread, or while Keras dispatches callbacks in one.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._first_row = 0  # of those that this optimizer has made
         self.begin_epoch(0)
 
+    def check(self) -> None:
+        if self._csv is not None:
+            self._csv.check()
+
     def begin(self, optimizer: keras.optimizers.Optimizer, steps_per_execution: int) -> None:
+        if optimizer is not self.optimizer:
+            self._first_row = len(self.history)
         self.optimizer = optimizer
+        self.problem = None
+        self._warned = False
         self._capacity = max(_ROWS, 4 * steps_per_execution)
         self._calls = 0
         self._calls_to_next_read = 1
+        self._is_first_piece = True
 
     def begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._sum, self._max, self._steps, self._updates, self._clipped = 0.0, 0.0, 0, 0, 0
 
+    def end_epoch(self) -> None:
+        self.read()
+        if self._tensorboard is not None and len(self.history):
+            self._tensorboard.end_epoch(int(self.history.step[-1]))
+
+    def end(self) -> None:
+        self.read()
+        if self._csv is not None:
+            self._csv.close()
+
     def summary(self) -> dict[str, float]:
         """grad_norm, grad_norm_max and grad_clip_rate of the steps since begin_epoch."""
-        return {
+        values = {
             "grad_norm": self._sum / self._steps if self._steps else np.nan,
             "grad_norm_max": self._max if self._steps else np.nan,
             "grad_clip_rate": self._clipped / self._updates if self._updates else np.nan,
         }
+        return {key + self._suffix: value for key, value in values.items()}
+
+    def is_due(self) -> tf.Tensor | None:
+        """In the graph: scalar bool, whether this step is recorded; None where each one is."""
+        if self._every == 1:
+            return None
+        return tf.equal(tf.cast(_updating(self.optimizer).iterations, tf.int64) % self._every, 0)
 
     def start_new_buffers(self) -> None:
         self.read()
         self._buffers = {}
 
-    def open_row(self, variables, step, norms, scale, loss) -> _Row:
-        """In the graph: a new row, with what is known before the optimizer has its turn."""
+    def buffer_of(self, variables: list) -> RingBuffer:
+        """In the graph: the ring buffer with a column for each of these weights."""
         weights = _paths(variables)
         if weights not in self._buffers:
             wide = any(v.dtype in ("float64", tf.float64) for v in variables)
             dtype = tf.float64 if wide else tf.float32
-            self._buffers[weights] = _outside_of_the_trace(
-                lambda: _RingBuffer(weights, self._capacity, dtype)
+            self._buffers[weights] = outside_of_the_trace(
+                lambda: RingBuffer(weights, self._capacity, dtype)
             )
-        row = _Row(self._buffers[weights], norms)
-        row.write_given(step, scale, loss)
-        return row
+        return self._buffers[weights]
 
     def read_if_due(self) -> None:
         """Read the buffers in time before they come round."""
         self._calls += 1
-        if self._calls >= self._calls_to_next_read:
+        if self._reads_each_call:
+            self.read()
+        elif self._calls >= self._calls_to_next_read:
             rows_per_call = self.read() / self._calls
             self._calls_to_next_read = max(1, int(self._capacity / (2 * max(rows_per_call, 1))))
             self._calls = 0
@@ -499,9 +707,37 @@ class _Recorder:
             # More than one only where an optimizer is given now these weights, now those.
             pieces = sorted((p for p in pieces if len(p["step"])), key=lambda p: p["step"][0])
             for piece in pieces:
-                self.history.append(epoch=self._epoch, **piece)
-                self._summarize(piece)
+                self._take(piece)
             return sum(len(piece["step"]) for piece in pieces)
+
+    def _take(self, piece):
+        if self._is_first_piece:
+            self._is_first_piece = False
+            self._resume(piece)
+        self.history.append(epoch=self._epoch, **piece)
+        self._summarize(piece)
+        if self.problem is None and not self._warned:
+            skips_non_finite = _updating(self.optimizer) is not self.optimizer
+            self.problem = self.limits.problem_of(piece, skips_non_finite)
+            self._warned = self.problem is not None
+        self._stream("csv", self._csv, piece)
+        self._stream("log_dir", self._tensorboard, piece)
+
+    def _resume(self, piece):
+        """Make place for the first rows of a fit, where it starts from an earlier step."""
+        first = int(piece["step"][0])
+        steps = self.history.step[self._first_row :]
+        # A step that a LossScaleOptimizer skips is taken again with the same number.
+        skipped = _updating(self.optimizer) is not self.optimizer and steps[-1:] == first
+        is_put_back = 0 < first <= max(steps, default=-1) and not skipped
+        if is_put_back:
+            self.history.truncate(self._first_row + int(np.searchsorted(steps, first)))
+        elif first == 0:
+            self._first_row = len(self.history)
+        if self._csv is not None and (is_put_back or not self._csv.is_begun):
+            for earlier in self._csv.begin(piece["weights"], first):
+                if len(self.history) == 0:
+                    self.history.append(**earlier)
 
     def _summarize(self, piece):
         norms = global_norm(piece["norms"], piece["missing"])
@@ -511,157 +747,34 @@ class _Recorder:
         self._updates += np.count_nonzero(piece["updated"])
         self._clipped += np.count_nonzero(is_clipped(piece["clip_factor"]))
 
-
-class _RingBuffer:
-    """Rows that the train step writes in the graph, and the host reads."""
-
-    def __init__(self, weights: tuple[str, ...], capacity: int, dtype: tf.DType):
-        W = len(weights)
-        self.weights = weights
-        self.dtype = dtype
-        self.capacity = capacity
-        self.count = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self.step = tf.Variable(tf.zeros([capacity], tf.int64), trainable=False)
-        self.loss = tf.Variable(tf.zeros([capacity], dtype), trainable=False)
-        self.norms = tf.Variable(tf.zeros([capacity, W], dtype), trainable=False)
-        # Norms of what went into clipping and of what came out of it, side by side.
-        self.clipping = tf.Variable(tf.zeros([capacity, 2 * W], dtype), trainable=False)
-        self.state_norms: dict[tuple[str, int], tf.Variable] = {}
-        self._calls: dict[tuple[str, int], int] = {}
-        self._read = 0
-
-    def state_norms_of(self, key: tuple[str, int], held: _HeldStateNorms) -> tf.Variable:
-        """(capacity, T); T grows with the longest sequence, where it is not known beforehand."""
-        self._calls[key] = held.call
-        if key not in self.state_norms:
-            shape = self.capacity, held.timesteps or 0
-            self.state_norms[key] = _outside_of_the_trace(
-                lambda: tf.Variable(
-                    tf.fill(shape, tf.constant(np.nan, self.dtype)),
-                    shape=[self.capacity, None],
-                    trainable=False,
-                )
-            )
-        return self.state_norms[key]
-
-    def read(self) -> dict[str, Any]:
-        """The rows written since the last read, as arguments of GradientHistory.append."""
-        count, first = int(self.count.numpy()), self._read
-        self._read = count
-        if count - first > self.capacity:
-            warnings.warn(
-                f"GradientNorms lost {count - first - self.capacity} rows: one call of the train "
-                f"function made {count - first} updates, and its buffer holds {self.capacity}.",
-                stacklevel=2,
-            )
-            first = count - self.capacity
-        rows = np.arange(first, count) % self.capacity
-        norms = self.norms.numpy()[rows]
-        before, after = np.split(self.clipping.numpy()[rows], 2, axis=1)
-        missing = norms == _NO_GRADIENT
-        updated = (after != _NO_GRADIENT).any(axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            factors = np.where(missing | (before == 0), 1, after / before)
-        return {
-            "weights": self.weights,
-            "step": self.step.numpy()[rows],
-            "loss": self.loss.numpy()[rows],
-            "norms": np.where(missing, np.nan, norms),
-            "applied_norms": np.where(after == _NO_GRADIENT, np.nan, after),
-            "missing": missing,
-            "updated": updated,
-            "clip_factor": np.where(updated, factors.min(axis=1), np.nan),
-            "state_norms": {
-                self._name(key): variable.numpy()[rows]
-                for key, variable in self.state_norms.items()
-            },
-        }
-
-    def _name(self, key):
-        """The layer's path; and the number of the call, where a step calls the layer repeatedly."""
-        path, _ = key
-        calls = sorted(call for (other, _), call in self._calls.items() if other == path)
-        number = calls.index(self._calls[key]) + 1
-        return path if len(calls) == 1 else f"{path} (call {number} of {len(calls)})"
+    def _stream(self, argument, stream, piece):
+        if stream is None:
+            return
+        try:
+            stream.write(piece | {"epoch": self._epoch})
+        except (OSError, tf.errors.OpError) as error:
+            # A full disk must not end a training of days.
+            warnings.warn(f"GradientNorms({argument}=) could not write: {error}", stacklevel=2)
 
 
-class _Row:
-    """In the graph: the row of a ring buffer that the present step writes."""
+def _selector(weights):
+    """The argument `weights` as a function of a variable."""
+    if weights is None:
+        return lambda variable: True
+    if callable(weights):
+        return weights
+    patterns = [weights] if isinstance(weights, str) else list(weights)
 
-    def __init__(self, buffer: _RingBuffer, norms: list[tf.Tensor]):
-        self._buffer = buffer
-        self._norms = norms
-        self._index = tf.cast(buffer.count % buffer.capacity, tf.int32)
+    def selects(variable):
+        names = (getattr(variable, "path", variable.name), variable.name)
+        return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
-    def write_given(self, step, scale, loss):
-        buffer = self._buffer
-        scale = tf.cast(scale, tf.float64)
-        norms = [norm if norm is None else norm / scale for norm in self._norms]
-        self._write(buffer.step, tf.cast(step, tf.int64))
-        self._write(buffer.loss, tf.cast(loss, buffer.dtype))
-        self._write(buffer.norms, self._by_weight(norms))
-        # What stays where the optimizer leaves the weights alone.
-        not_updated = tf.fill([2 * len(norms)], tf.constant(_NO_GRADIENT, buffer.dtype))
-        self._write(buffer.clipping, not_updated)
-
-    def write_state_norms(self, key, norms, held, fixed_length):
-        variable = self._buffer.state_norms_of(key, held)
-        norms = tf.cast(norms, variable.dtype)
-        if not fixed_length:
-            _make_as_wide(variable, norms)
-            unused = tf.shape(variable)[1] - tf.shape(norms)[0]
-            norms = tf.pad(norms, [[0, unused]], constant_values=np.nan)
-        self._write(variable, norms)
-
-    def write_applied(self, before, after):
-        values = tf.concat([self._by_weight(before), self._by_weight(after)], axis=0)
-        self._write(self._buffer.clipping, values)
-
-    def close(self):
-        # TensorFlow runs in any order what does not depend on each other, and a step that fails
-        # half way must not leave a row.
-        with tf.control_dependencies(_side_effects()):
-            self._buffer.count.assign_add(1)
-
-    def _by_weight(self, norms):
-        """Norms in the buffer's columns; `norms` may leave out those of missing gradients."""
-        present = [i for i, norm in enumerate(self._norms) if norm is not None]
-        values = [_NO_GRADIENT] * len(self._norms)
-        for i, norm in zip(present, [n for n in norms if n is not None], strict=True):
-            values[i] = norm
-        return tf.cast(tf.stack([tf.cast(v, tf.float64) for v in values]), self._buffer.dtype)
-
-    def _write(self, variable, value):
-        variable.scatter_update(tf.IndexedSlices(value, self._index))
+    return selects
 
 
-def _make_as_wide(variable, values):
-    """Give the (capacity, T) variable at least as many columns as there are values."""
-
-    def widen():
-        missing = tf.shape(values)[0] - tf.shape(variable)[1]
-        wider = tf.pad(variable, [[0, 0], [0, missing]], constant_values=np.nan)
-        variable.assign(wider)
-
-    tf.cond(tf.shape(values)[0] > tf.shape(variable)[1], widen, lambda: None)
-
-
-def _outside_of_the_trace(create: Callable[[], Any]) -> Any:
-    """create(), which makes variables, while TensorFlow traces the train step.
-
-    tf.function traces a second time when it sees a variable being made (even in tf.init_scope),
-    and refuses one that a later trace makes. In a thread of its own there is nothing to see.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(create).result()
-
-
-def _side_effects() -> list[tf.Operation]:
-    """All operations of the train step that is being traced which do more than compute a value."""
-    if tf.executing_eagerly():
-        return []
-    operations = tf.compat.v1.get_default_graph().get_operations()
-    return [operation for operation in operations if operation.op_def.is_stateful]
+def _named(path, name):
+    """The file of one of several optimizers."""
+    return path.with_name(f"{path.stem}_{name}{path.suffix}") if name else path
 
 
 def _restore(owner: Any, name: str, before: Any) -> None:
@@ -674,58 +787,6 @@ def _restore(owner: Any, name: str, before: Any) -> None:
 def _updating(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """What clips, updates and counts: the optimizer inside of a LossScaleOptimizer, or itself."""
     return getattr(optimizer, "inner_optimizer", optimizer)
-
-
-def _norms(grads: list) -> list[tf.Tensor | None]:
-    """L2 norm of each gradient, float64; None for None. Over all replicas, of their sum."""
-    present = _sum_over_replicas([g for g in grads if g is not None])
-    norms = iter([_norm(g) for g in present])
-    return [None if g is None else next(norms) for g in grads]
-
-
-def _norm(g: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
-    # In float64 the square of any smaller float neither overflows nor vanishes: a gradient of
-    # 1e-30 has a norm, and so has one of 1e30.
-    values = _summed_rows(g) if isinstance(g, tf.IndexedSlices) else _read_apart(g)
-    values = tf.cast(values, tf.float64)
-    return tf.sqrt(tf.reduce_sum(values * values))
-
-
-_PRODUCTS = {"Mul": tf.raw_ops.Mul, "RealDiv": tf.raw_ops.RealDiv}
-
-
-def _read_apart(tensor: tf.Tensor) -> tf.Tensor:
-    """The same tensor, read so that the update is compiled as it is without a reader.
-
-    TensorFlow's graph optimizer turns lr * (scale * g) into (lr * scale) * g, which rounds
-    otherwise, unless somebody else reads scale * g. So a product is not read, but multiplied once
-    more; a Snapshot of its factors keeps the optimizer from seeing that both are the same.
-    """
-    if tf.executing_eagerly() or tensor.op.type not in _PRODUCTS:
-        return tensor
-    x, y = (tf.raw_ops.Snapshot(input=_read_apart(factor)) for factor in tensor.op.inputs)
-    return _PRODUCTS[tensor.op.type](x=x, y=y)
-
-
-def _summed_rows(g: tf.IndexedSlices) -> tf.Tensor:
-    """The rows of an embedding's sparse gradient, those of the same index added up."""
-    order = tf.argsort(g.indices)
-    indices = tf.gather(g.indices, order)
-    is_new = tf.cast(indices[1:] != indices[:-1], tf.int32)
-    segments = tf.concat([[0], tf.cumsum(is_new)], axis=0)
-    return tf.math.unsorted_segment_sum(
-        tf.gather(_read_apart(g.values), order), segments, tf.shape(g.indices)[0]
-    )
-
-
-def _state_norms(λ: tf.Tensor) -> tf.Tensor:
-    """(T,) mean over the batch of ‖∂L/∂s_t‖₂, from λ (T, batch, units)."""
-    λ = tf.cast(λ, tf.float64)
-    return tf.reduce_mean(tf.sqrt(tf.reduce_sum(λ * λ, axis=2)), axis=1)
-
-
-def _same(tensors: list, others: list) -> bool:
-    return len(tensors) == len(others) and all(a is b for a, b in zip(tensors, others, strict=True))
 
 
 # tf.distribute: each replica traces the train step. The loss and the gradients of the global batch
@@ -746,9 +807,14 @@ def _is_first_replica() -> bool:
     return _replica_id() == 0
 
 
-def _sum_over_replicas(tensors: list) -> list:
+def _sum_over_replicas(gradients: list) -> list:
+    """The gradients, or None for None, of the global batch."""
     context = _replicas()
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors) if context else tensors
+    if context is None:
+        return gradients
+    present = [g for g in gradients if g is not None]
+    summed = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, present))
+    return [None if g is None else next(summed) for g in gradients]
 
 
 def _mean_over_replicas(tensor: tf.Tensor) -> tf.Tensor:

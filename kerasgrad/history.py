@@ -148,6 +148,17 @@ class GradientHistory:
             )
         )
 
+    def truncate(self, rows: int) -> None:
+        """Keep the first `rows` rows, and drop the others."""
+        whole = self._rows()
+        self._pieces = [
+            _Rows(
+                weights=whole.weights,
+                state_norms={path: norms[:rows] for path, norms in whole.state_norms.items()},
+                **{name: getattr(whole, name)[:rows] for name in _COLUMNS},
+            )
+        ]
+
     def __len__(self) -> int:
         return sum(map(len, self._pieces))
 

@@ -1359,7 +1359,7 @@ def untouched(model):
     hooks |= {"inner_loop", "on_state_gradients"}
     owners = [model, model.optimizer, *model._flatten_layers()]
     return not any(hooks & set(vars(owner)) for owner in owners) and not isinstance(
-        model.train_function, callbacks_module.TrainStepHooks
+        model.train_function, callbacks_module._TrainStepHooks
     )
 
 

@@ -1,0 +1,96 @@
+"""Norms of gradients, as operations in the graph of a train step."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+# Between these a float32 sum of squares neither overflows nor loses what matters to underflow.
+_SMALLEST, _LARGEST = 1e-15, 1e15
+
+_PRODUCTS = {"Mul": tf.raw_ops.Mul, "RealDiv": tf.raw_ops.RealDiv}
+
+
+def gradient_norms(gradients: list[tf.Tensor | tf.IndexedSlices]) -> list[tf.Tensor]:
+    """The L2 norm of each gradient, float64, true for gradients of 1e-30 and of 1e30, too.
+
+    ‖g‖ is summed in the gradient's own precision where that is enough, and in float64 where it is
+    not. Of a gradient that the graph has just multiplied by a scalar, as clipping by a norm does,
+    it is ‖s·g‖ = |s|·‖g‖, which costs no further pass over the gradient.
+    """
+    if not gradients:
+        return []
+    dense = [_summed_rows(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
+    bases, factors = zip(*map(_factored, dense), strict=True)
+    quick = tf.stack([tf.cast(_norm(_at_least_float32(base)), tf.float64) for base in bases])
+    enough = tf.reduce_all((quick > _SMALLEST) & (quick < _LARGEST))
+    norms = tf.cond(
+        enough,
+        lambda: quick,
+        lambda: tf.stack([_norm(tf.cast(base, tf.float64)) for base in bases]),
+    )
+    return [
+        norm if factor is None else norm * factor
+        for norm, factor in zip(tf.unstack(norms), factors, strict=True)
+    ]
+
+
+@tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
+def state_norms(state_gradients: tf.Tensor) -> tf.Tensor:
+    """(T,) float64: mean over the batch of ‖∂L/∂s_t‖₂, from ∂L/∂s_t, (T, batch, units)."""
+    λ = tf.cast(state_gradients, tf.float64)
+    return tf.reduce_mean(tf.sqrt(tf.reduce_sum(λ * λ, axis=2)), axis=1)
+
+
+def read_apart(tensor: tf.Tensor) -> tf.Tensor:
+    """The same tensor, read so that the update is compiled as it is without a reader.
+
+    TensorFlow's graph optimizer turns lr * (scale * g) into (lr * scale) * g, which rounds
+    otherwise, unless somebody else reads scale * g. So a product is not read, but multiplied once
+    more; a Snapshot of its factors keeps the optimizer from seeing that both are the same.
+    """
+    if tf.executing_eagerly() or tensor.op.type not in _PRODUCTS:
+        return tensor
+    x, y = (tf.raw_ops.Snapshot(input=read_apart(factor)) for factor in tensor.op.inputs)
+    return _PRODUCTS[tensor.op.type](x=x, y=y)
+
+
+def _norm(values):
+    return tf.sqrt(2 * tf.nn.l2_loss(values))
+
+
+def _at_least_float32(values):
+    return tf.cast(values, tf.float32) if values.dtype.size < 4 else values
+
+
+def _factored(tensor):
+    """(base, factor): tensor = base times a scalar of absolute value `factor`, None for 1.
+
+    Nobody then reads the product itself (see read_apart).
+    """
+    if tf.executing_eagerly():
+        return tensor, None
+    if tensor.op.type == "Identity":
+        return _factored(tensor.op.inputs[0])
+    if tensor.op.type not in _PRODUCTS:
+        return tensor, None
+    x, y = tensor.op.inputs
+    if tensor.op.type == "Mul" and x.shape.num_elements() == 1:
+        x, y = y, x
+    if y.shape.num_elements() != 1:
+        return read_apart(tensor), None
+    base, factor = _factored(x)
+    scalar = tf.abs(tf.cast(tf.reshape(y, []), tf.float64))
+    if tensor.op.type == "RealDiv":
+        scalar = 1 / scalar
+    return base, scalar if factor is None else scalar * factor
+
+
+def _summed_rows(g):
+    """The rows of an embedding's sparse gradient, those of the same index added up."""
+    order = tf.argsort(g.indices)
+    indices = tf.gather(g.indices, order)
+    is_new = tf.cast(indices[1:] != indices[:-1], tf.int32)
+    segments = tf.concat([[0], tf.cumsum(is_new)], axis=0)
+    return tf.math.unsorted_segment_sum(
+        tf.gather(read_apart(g.values), order), segments, tf.shape(g.indices)[0]
+    )
