@@ -38,7 +38,10 @@ def gradient_norms(gradients: list[tf.Tensor | tf.IndexedSlices]) -> list[tf.Ten
 def state_norms(state_gradients: tf.Tensor) -> tf.Tensor:
     """(T,) float64: mean over the batch of ‖∂L/∂s_t‖₂, from ∂L/∂s_t, (T, batch, units)."""
     λ = tf.cast(state_gradients, tf.float64)
-    return tf.reduce_mean(tf.sqrt(tf.reduce_sum(λ * λ, axis=2)), axis=1)
+    T, batch, units = tf.unstack(tf.shape(λ))
+    # Compiled, a sum over the last axis adds one number at a time; a product with ones does not.
+    squares = tf.reshape(λ * λ, [T * batch, units]) @ tf.ones([units, 1], tf.float64)
+    return tf.reduce_mean(tf.sqrt(tf.reshape(squares, [T, batch])), axis=1)
 
 
 def read_apart(tensor: tf.Tensor) -> tf.Tensor:

@@ -101,7 +101,10 @@ BELOW = {
     "tasks.py": set(),
     "history.py": set(),
     "layers/recurrence.py": set(),
-    "callbacks.py": {"history"},
+    "norms.py": set(),
+    "ring_buffer.py": {"norms"},
+    "streams.py": {"history"},
+    "callbacks.py": {"history", "norms", "ring_buffer", "streams"},
     "diagnosis.py": {"history"},
     "plots.py": {"history"},
 }
