@@ -264,8 +264,8 @@ def digits(seed: int = 0) -> Task:
 
     Raises ImportError without scikit-learn, which holds the images.
 
-    >>> task = digits()  # doctest: +SKIP
-    >>> task.x.shape, task.x_test.shape  # doctest: +SKIP
+    >>> task = digits()
+    >>> task.x.shape, task.x_test.shape
     ((1438, 64, 1), (359, 64, 1))
 
     Source: scikit-learn's load_digits, the test set of Alpaydin & Kaynak 1998, "Optical
