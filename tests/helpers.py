@@ -20,6 +20,8 @@ MODES = {
     "xla": lambda function: tf.function(function, autograph=False, jit_compile=True),
 }
 
+KERAS = tuple(map(int, keras.__version__.split(".")[:2]))
+
 
 def relative_error(actual, expected) -> float:
     """‖actual - expected‖ / ‖expected‖, or ‖actual‖ where expected is zero; NaN equals NaN."""

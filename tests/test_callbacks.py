@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import randomize, unrolled_gradients
+from helpers import KERAS, randomize, unrolled_gradients
 from keras import layers
 
 import kerasgrad as kg
@@ -27,7 +27,6 @@ from kerasgrad.callbacks import GradientNorms
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:keras")
 
-KERAS = tuple(map(int, keras.__version__.split(".")[:2]))
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(20, 4)).astype("float32")

@@ -1,6 +1,13 @@
 """Recurrent layers whose back-propagation through time is written out, and can be watched."""
 
-from kerasgrad.layers.simple_rnn import IRNN, SimpleRNN, SimpleRNNCell
+from kerasgrad.layers.simple_rnn import IRNN, ScaledIdentity, SimpleRNN, SimpleRNNCell
 from kerasgrad.layers.simplified_lstm import SimplifiedLSTM, SimplifiedLSTMCell
 
-__all__ = ["IRNN", "SimpleRNN", "SimpleRNNCell", "SimplifiedLSTM", "SimplifiedLSTMCell"]
+__all__ = [
+    "IRNN",
+    "ScaledIdentity",
+    "SimpleRNN",
+    "SimpleRNNCell",
+    "SimplifiedLSTM",
+    "SimplifiedLSTMCell",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 # Keras's own cell is equation 1 already, s_t = Φ(U x_t + W s_{t-1} + b): a second one would only
@@ -14,7 +15,7 @@ from keras.layers import SimpleRNNCell
 from kerasgrad.layers.recurrence import StateGradients, is_explicit, simple_recurrence
 from kerasgrad.layers.sequences import to_keras, to_time_major
 
-__all__ = ["IRNN", "SimpleRNN", "SimpleRNNCell"]
+__all__ = ["IRNN", "ScaledIdentity", "SimpleRNN", "SimpleRNNCell"]
 
 
 @keras.saving.register_keras_serializable(package="kerasgrad")
@@ -84,6 +85,35 @@ class SimpleRNN(keras.layers.SimpleRNN):
 
 
 @keras.saving.register_keras_serializable(package="kerasgrad")
+class ScaledIdentity(keras.initializers.Initializer):
+    """gain · I: where the recurrent kernel of an `IRNN` starts.
+
+    Keras's own identity loses its gain when a model is saved (Keras 3.15), or cannot be loaded at
+    all (Keras 3.6).
+
+    Args:
+        gain: float.
+
+    Example:
+
+    >>> import kerasgrad as kg
+    >>> kg.layers.ScaledIdentity(0.5)((2, 2)).numpy()
+    array([[0.5, 0. ],
+           [0. , 0.5]], dtype=float32)
+    """
+
+    def __init__(self, gain: float = 1.0):
+        self.gain = gain
+
+    def __call__(self, shape: tuple[int, int], dtype: str | None = None) -> tf.Tensor:
+        return self.gain * ops.eye(*shape, dtype=dtype)
+
+    def get_config(self) -> dict[str, float]:
+        """The arguments of the constructor."""
+        return {"gain": self.gain}
+
+
+@keras.saving.register_keras_serializable(package="kerasgrad")
 class IRNN(SimpleRNN):
     """A ReLU recurrent layer that starts from the identity: s_t = max(0, U x_t + W s_{t-1} + b).
 
@@ -94,8 +124,8 @@ class IRNN(SimpleRNN):
         units: int, the size of s_t.
         activation: Φ, "relu".
         kernel_initializer: U at the start; by default normal with standard deviation 0.001.
-        recurrent_initializer: W at the start; `keras.initializers.Identity(0.01)` is the paper's
-            choice where long memory is not wanted.
+        recurrent_initializer: W at the start, by default `ScaledIdentity()`; ScaledIdentity(0.01)
+            is the paper's choice where long memory is not wanted.
         **kwargs: those of `keras.layers.SimpleRNN`.
 
     Example:
@@ -117,7 +147,7 @@ class IRNN(SimpleRNN):
         units: int,
         activation: Any = "relu",
         kernel_initializer: Any = None,
-        recurrent_initializer: Any = "identity",
+        recurrent_initializer: Any = None,
         **kwargs: Any,
     ):
         super().__init__(
@@ -126,6 +156,6 @@ class IRNN(SimpleRNN):
             kernel_initializer=(
                 kernel_initializer or keras.initializers.RandomNormal(stddev=0.001)
             ),
-            recurrent_initializer=recurrent_initializer,
+            recurrent_initializer=recurrent_initializer or ScaledIdentity(),
             **kwargs,
         )
