@@ -43,7 +43,7 @@ from kerasgrad.ring_buffer import (
     same,
     when,
 )
-from kerasgrad.streams import CSVStream, TensorBoardStream
+from kerasgrad.streams import CSVStream, TensorBoardStream, rows_before
 
 _ROWS = 256  # Steps between two reads of a ring buffer, at most.
 _STRATEGIES = (
@@ -104,7 +104,7 @@ class GradientNorms(keras.callbacks.Callback):
         ValueError: at the start of `fit`, when the model has no optimizer or no trainable weights,
             its `train_step` is wrapped in tf.function, no weight is selected, `csv` is a file of
             somebody else's, or the model is trained under a strategy other than MirroredStrategy.
-        OSError: at the start of `fit`, when `csv` cannot be written.
+        OSError: at the start of `fit`, when `csv` or `log_dir` cannot be written.
 
     Example:
 
@@ -271,8 +271,9 @@ class _TrainStepHooks:
         # place may be inside of a tf.function of the user's, from which no tensor can be carried
         # out.
         self._held_loss = tf.Variable(np.nan, dtype=tf.float64, trainable=False)
-        # Set at a step that a recorder's limits forbid; no later step of the same call counts.
-        self._halted = tf.Variable(False, trainable=False)
+        # 0, or the number of the recorder whose limits forbid a step; no later step of the same
+        # call counts.
+        self._halted = tf.Variable(0, dtype=tf.int64, trainable=False)
         self._held_state_norms: dict[tuple[str, int], HeldStateNorms] = {}
 
     @classmethod
@@ -325,22 +326,29 @@ class _TrainStepHooks:
         return {key: value for part in (logs, *shown) for key, value in part.items()}
 
     def _act_on_problems(self):
-        for recorder in self.recorders:
-            if recorder.problem is None:
-                continue
-            problem, action = recorder.problem
-            recorder.problem = None
-            self._halted.assign(False)
-            if action == "raise":
-                self._remove_all()
-                raise FloatingPointError(problem)
-            if action != "warn":
-                self.model.stop_training = True
-                problem += ": the training stops, with the weights of before this step."
-            warnings.warn(problem, stacklevel=2)
+        limited = [recorder for recorder in self.recorders if recorder.limits != _NO_LIMITS]
+        if not limited:
+            return
+        # What the graph compared is not compared again: the record is rounded to float32.
+        forbidding = int(self._halted.numpy())
+        if forbidding:
+            self._halted.assign(0)
+        in_graph = self.model.distribute_strategy.num_replicas_in_sync == 1
+        for recorder in limited:
+            forbids = recorder is self.recorders[forbidding - 1] if forbidding else False
+            for problem, action in recorder.problems(forbids if in_graph else None):
+                if action == "raise":
+                    self._remove_all()
+                    raise FloatingPointError(problem)
+                if action == "stop":
+                    self.model.stop_training = True
+                    problem += ": the training stops"
+                    problem += ", with the weights of before this step." if in_graph else "."
+                warnings.warn(problem, stacklevel=2)
 
     def _attach(self):
         model = self.model
+        self._halted.assign(0)  # A call that failed after a forbidden step has left it set.
         self._replace(model, "train_step", self._train_step)
         self._replace(model, "compute_loss", self._compute_loss)
         self._replace(model, "make_train_function", self._begin_next_fit)
@@ -457,7 +465,8 @@ class _TrainStepHooks:
             if _is_first_replica():
                 held.variable.assign(norms)
         else:
-            due = [recorder.is_due() for recorder in self.recorders]
+            # A step that a limit forbids has a row at any time.
+            due = [None if r.limits.forbid else r.is_due() for r in self.recorders]
             due = None if None in due else tf.reduce_any(due)
             when(due, lambda: held.variable.assign(tf.ensure_shape(state_norms(λ), [T])))
 
@@ -480,40 +489,56 @@ class _TrainStepHooks:
         # With loss scaling, what comes is the gradient of the scaled loss.
         scale = optimizer.scale_loss(1.0)
         recorders = [recorder for recorder in self.recorders if recorder.optimizer is optimizer]
-        forbidden = self._is_forbidden(recorders, step, scale)
+        forbidding = self._forbidding(recorders, step, variables, scale)
         if _is_first_replica():
-            self._open_rows(recorders, step, variables, scale, forbidden is not None)
-        if forbidden is None:
+            self._open_rows(recorders, step, variables, scale, forbidding)
+        if forbidding is None:
             apply(grads, trainable_variables)
         else:
             if not optimizer.built:  # Variables cannot be made inside of a condition.
                 optimizer.build(variables)
-            when(forbidden, lambda: self._halted.assign(True))
-            when(~self._halted, lambda: apply(grads, trainable_variables))
+            when(tf.equal(self._halted, 0), lambda: self._halted.assign(forbidding))
+            when(tf.equal(self._halted, 0), lambda: apply(grads, trainable_variables))
         for row, _ in step.rows:
             row.close()
         step.end_update()
         return None
 
-    def _is_forbidden(self, recorders, step, scale):
-        """Scalar bool, whether some recorder's limits forbid this update; None without limits."""
-        limits = [recorder.limits for recorder in recorders if recorder.limits.forbid]
-        if not limits or _replicas() is not None:
-            return None
-        norms = tf.stack(gradient_norms([g for g in step.summed if g is not None]))
-        norms = norms / tf.cast(scale, tf.float64)
-        skips_non_finite = _updating(recorders[0].optimizer) is not recorders[0].optimizer
-        checks = [limit.is_forbidden(norms, skips_non_finite) for limit in limits]
-        return tf.reduce_any(checks)
+    def _forbidding(self, recorders, step, variables, scale):
+        """The number of the first recorder whose limits forbid this update, 0 for none, in int64.
 
-    def _open_rows(self, recorders, step, variables, scale, may_halt):
+        None where there are no limits.
+        """
+        limited = [r for r in recorders if r.limits.forbid]
+        present = [i for i, g in enumerate(step.summed) if g is not None]
+        # Keras has a better word for an update without any gradient.
+        if not limited or not present or _replicas() is not None:
+            return None
+        norms = gradient_norms([step.summed[i] for i in present])
+        skips_non_finite = _skips_non_finite(recorders[0].optimizer)
+        forbidding = tf.constant(0, tf.int64)
+        for recorder in reversed(limited):
+            selected = [
+                norm / tf.cast(scale, tf.float64)
+                for i, norm in zip(present, norms, strict=True)
+                if recorder.selects(variables[i])
+            ]
+            if selected:
+                forbids = recorder.limits.are_broken(tf.stack(selected), skips_non_finite)
+                number = tf.constant(1 + self.recorders.index(recorder), tf.int64)
+                forbidding = tf.where(forbids, number, forbidding)
+        return forbidding
+
+    def _open_rows(self, recorders, step, variables, scale, forbidding):
         for recorder in recorders:
             columns = [i for i, v in enumerate(variables) if recorder.selects(v)]
             if not columns:
                 continue
             due = recorder.is_due()
-            if may_halt:
-                counts = tf.logical_not(self._halted)
+            if forbidding is not None:
+                counts = tf.equal(self._halted, 0)
+                if due is not None:
+                    due |= tf.equal(forbidding, 1 + self.recorders.index(recorder))
                 due = counts if due is None else due & counts
             buffer = recorder.buffer_of([variables[i] for i in columns])
             row = Row(buffer, [step.summed[i] for i in columns], due)
@@ -572,35 +597,48 @@ class _Limits:
         """Whether an update may have to be left out."""
         return self.on_nonfinite in ("stop", "raise") or self.stop_above is not None
 
-    def is_forbidden(self, norms, skips_non_finite):
-        """In the graph: scalar bool, whether an update with these norms must be left out."""
-        checks = []
-        if self.on_nonfinite in ("stop", "raise") and not skips_non_finite:
-            checks.append(tf.reduce_any(~tf.math.is_finite(norms)))
-        if self.stop_above is not None:
-            checks.append(tf.norm(norms) > self.stop_above)
-        return tf.reduce_any(checks)
+    def are_broken(self, norms, skips_non_finite):
+        """In the graph: scalar bool, whether an update with these norms must be left out.
 
-    def problem_of(self, piece, skips_non_finite):
-        """(what was wrong in which step, what to do) of the first row over a limit, or None."""
-        norms, missing = piece["norms"], piece["missing"]
-        whole = global_norm(norms, missing)
-        for i, step in enumerate(piece["step"]):
-            bad = np.flatnonzero(~np.isfinite(norms[i]) & ~missing[i])
-            if self.on_nonfinite and len(bad) and not skips_non_finite:
-                value = "NaN" if np.isnan(norms[i, bad[0]]) else "Inf"
-                others = f" (and of {len(bad) - 1} more weights)" if len(bad) > 1 else ""
-                where = f"{piece['weights'][bad[0]]}{others}"
-                return f"The gradient of {where} is {value} at step {step}", self.on_nonfinite
-            if self.stop_above is not None and whole[i] > self.stop_above:
+        A non-finite one that a LossScaleOptimizer skips anyway does not count.
+        """
+        finite = tf.reduce_all(tf.math.is_finite(norms))
+        nonfinite_counts = self.on_nonfinite in ("stop", "raise") and not skips_non_finite
+        broken = ~finite if nonfinite_counts else tf.constant(False)
+        if self.stop_above is not None:
+            above = tf.norm(norms) > self.stop_above
+            broken |= above & finite if skips_non_finite else above
+        return broken
+
+    def problem_of(self, piece, i, skips_non_finite, forbidden):
+        """(what was wrong in row i, what to do), or None.
+
+        Args:
+            forbidden: what `are_broken` said of this row; None where nobody asked it.
+        """
+        norms, missing, step = piece["norms"][i], piece["missing"][i], piece["step"][i]
+        bad = np.flatnonzero(~np.isfinite(norms) & ~missing)
+        nonfinite_counts = len(bad) > 0 and not skips_non_finite
+        acts = not forbidden if self.on_nonfinite == "warn" else forbidden is not False
+        if self.on_nonfinite and nonfinite_counts and acts:
+            value = "NaN" if np.isnan(norms[bad[0]]) else "Inf"
+            others = f" (and of {len(bad) - 1} more weights)" if len(bad) > 1 else ""
+            where = f"{piece['weights'][bad[0]]}{others}"
+            return f"The gradient of {where} is {value} at step {step}", self.on_nonfinite
+        if self.stop_above is not None and forbidden is not False:
+            (whole,) = global_norm(norms[np.newaxis], missing[np.newaxis])
+            skipped = len(bad) > 0 and skips_non_finite
+            if forbidden or (whole > self.stop_above and not skipped):
                 above = f"above stop_above={self.stop_above:g}"
-                return f"The gradient norm is {whole[i]:.3g} at step {step}, {above}", "stop"
+                return f"The gradient norm is {whole:.3g} at step {step}, {above}", "stop"
         return None
 
 
+_NO_LIMITS = _Limits(None, None)
+
+
 class _Recorder:
-    """One optimizer's record: ring buffers in the graph, the history they are read into, and where
-    else the rows go."""
+    """One optimizer's record: ring buffers in the graph, their history, and where rows also go."""
 
     def __init__(
         self,
@@ -617,48 +655,59 @@ class _Recorder:
         self.selects = selects
         self.limits = limits
         self.batch_logs = batch_logs
-        self.problem: tuple[str, str] | None = None
+        self._unchecked: list[dict[str, Any]] = []  # against the limits
         self._suffix = f"_{name}" if name else ""
         self._every = every
         self._csv = csv
         self._tensorboard = tensorboard
-        self._reads_each_call = batch_logs or limits != _Limits(None, None)
+        self._reads_each_call = batch_logs or limits != _NO_LIMITS
         self._reads_each_call |= csv is not None or tensorboard is not None
         self._buffers: dict[tuple[str, ...], RingBuffer] = {}
         self._capacity = _ROWS
         # A user may read the history from a thread, or while Keras dispatches callbacks in one.
         self._lock = threading.RLock()
         self._first_row = 0  # of those that this optimizer has made
+        self._calls_at_end = 0  # of the optimizer, in the fit before
         self.begin_epoch(0)
 
     def check(self) -> None:
-        if self._csv is not None:
-            self._csv.check()
+        for stream in (self._csv, self._tensorboard):
+            if stream is not None:
+                stream.check()
 
     def begin(self, optimizer: keras.optimizers.Optimizer, steps_per_execution: int) -> None:
         if optimizer is not self.optimizer:
             self._first_row = len(self.history)
         self.optimizer = optimizer
-        self.problem = None
+        self._unchecked = []
         self._warned = False
         self._capacity = max(_ROWS, 4 * steps_per_execution)
-        self._calls = 0
+        self._calls = self._rows = 0
         self._calls_to_next_read = 1
         self._is_first_piece = True
+        self._calls_before: int | None = None
 
     def begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
+        # Only now has each callback's on_train_begin been called, BackupAndRestore's too.
+        if self.optimizer is not None and self._calls_before is None:
+            self._calls_before = _calls_of(self.optimizer)
+        if self._tensorboard is not None:
+            self._tensorboard.begin_epoch()
         self._sum, self._max, self._steps, self._updates, self._clipped = 0.0, 0.0, 0, 0, 0
 
     def end_epoch(self) -> None:
         self.read()
         if self._tensorboard is not None and len(self.history):
-            self._tensorboard.end_epoch(int(self.history.step[-1]))
+            step = int(self.history.step[-1])
+            self._stream("log_dir", lambda: self._tensorboard.end_epoch(step))
 
     def end(self) -> None:
         self.read()
+        if self.optimizer is not None:
+            self._calls_at_end = _calls_of(self.optimizer)
         if self._csv is not None:
-            self._csv.close()
+            self._stream("csv", self._csv.close)
 
     def summary(self) -> dict[str, float]:
         """grad_norm, grad_norm_max and grad_clip_rate of the steps since begin_epoch."""
@@ -696,9 +745,32 @@ class _Recorder:
         if self._reads_each_call:
             self.read()
         elif self._calls >= self._calls_to_next_read:
-            rows_per_call = self.read() / self._calls
+            self.read()
+            rows_per_call = self._rows / self._calls  # Others have read some of them.
             self._calls_to_next_read = max(1, int(self._capacity / (2 * max(rows_per_call, 1))))
-            self._calls = 0
+            self._calls = self._rows = 0
+
+    def problems(self, forbids: bool | None) -> list[tuple[str, str]]:
+        """(what was wrong, what to do) of the rows read since the last call.
+
+        Args:
+            forbids: whether the limits have forbidden the last row; None where the graph did not
+                ask them.
+        """
+        with self._lock:
+            rows = [(p, i) for p in self._unchecked for i in range(len(p["step"]))]
+            self._unchecked = []
+        found = []
+        for number, (piece, i) in enumerate(rows, 1):
+            forbidden = forbids and number == len(rows)
+            problem = self.limits.problem_of(piece, i, _skips_non_finite(self.optimizer), forbidden)
+            if problem is None or (problem[1] == "warn" and self._warned):
+                continue
+            found.append(problem)
+            if problem[1] != "warn":
+                break
+            self._warned = True
+        return found
 
     def read(self) -> int:
         """Move the rows that are not in the history yet into it; their number."""
@@ -714,30 +786,38 @@ class _Recorder:
         if self._is_first_piece:
             self._is_first_piece = False
             self._resume(piece)
+        self._rows += len(piece["step"])
         self.history.append(epoch=self._epoch, **piece)
         self._summarize(piece)
-        if self.problem is None and not self._warned:
-            skips_non_finite = _updating(self.optimizer) is not self.optimizer
-            self.problem = self.limits.problem_of(piece, skips_non_finite)
-            self._warned = self.problem is not None
-        self._stream("csv", self._csv, piece)
-        self._stream("log_dir", self._tensorboard, piece)
+        if self.limits != _NO_LIMITS:
+            self._unchecked.append(piece)
+        row = piece | {"epoch": self._epoch}
+        for argument, stream in (("csv", self._csv), ("log_dir", self._tensorboard)):
+            if stream is not None:
+                self._stream(argument, lambda stream=stream: stream.write(row))
 
     def _resume(self, piece):
         """Make place for the first rows of a fit, where it starts from an earlier step."""
-        first = int(piece["step"][0])
-        steps = self.history.step[self._first_row :]
-        # A step that a LossScaleOptimizer skips is taken again with the same number.
-        skipped = _updating(self.optimizer) is not self.optimizer and steps[-1:] == first
-        is_put_back = 0 < first <= max(steps, default=-1) and not skipped
+        first, calls = int(piece["step"][0]), self._calls_before or 0
+        is_put_back = 0 < calls < self._calls_at_end and len(self.history) > self._first_row
+        # A backup may lie between the micro-steps of one update, which have the same number.
+        update, micro_steps = divmod(
+            calls, _updating(self.optimizer).gradient_accumulation_steps or 1
+        )
+        micro_steps = micro_steps if update == first else 0
         if is_put_back:
-            self.history.truncate(self._first_row + int(np.searchsorted(steps, first)))
+            self.history.truncate(rows_before(self.history.step, first, micro_steps))
         elif first == 0:
             self._first_row = len(self.history)
         if self._csv is not None and (is_put_back or not self._csv.is_begun):
-            for earlier in self._csv.begin(piece["weights"], first):
-                if len(self.history) == 0:
+            pieces = self._stream(
+                "csv", lambda: self._csv.begin(piece["weights"], first, micro_steps)
+            )
+            if len(self.history) == 0:
+                for earlier in pieces or ():
                     self.history.append(**earlier)
+        if self._tensorboard is not None:
+            self._stream("log_dir", lambda: self._tensorboard.begin(first))
 
     def _summarize(self, piece):
         norms = global_norm(piece["norms"], piece["missing"])
@@ -747,11 +827,10 @@ class _Recorder:
         self._updates += np.count_nonzero(piece["updated"])
         self._clipped += np.count_nonzero(is_clipped(piece["clip_factor"]))
 
-    def _stream(self, argument, stream, piece):
-        if stream is None:
-            return
+    def _stream(self, argument, act):
+        """act(), whose failing must not end the training."""
         try:
-            stream.write(piece | {"epoch": self._epoch})
+            return act()
         except (OSError, tf.errors.OpError) as error:
             # A full disk must not end a training of days.
             warnings.warn(f"GradientNorms({argument}=) could not write: {error}", stacklevel=2)
@@ -787,6 +866,10 @@ def _restore(owner: Any, name: str, before: Any) -> None:
 def _updating(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """What clips, updates and counts: the optimizer inside of a LossScaleOptimizer, or itself."""
     return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def _skips_non_finite(optimizer: keras.optimizers.Optimizer) -> bool:
+    return _updating(optimizer) is not optimizer
 
 
 # tf.distribute: each replica traces the train step. The loss and the gradients of the global batch
@@ -842,6 +925,11 @@ def _check_clip_method(optimizer: keras.optimizers.Optimizer) -> None:
 def _variables_built_on(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
     """The variables of optimizer.apply(grads), when it is called without them."""
     return optimizer._trainable_variables
+
+
+def _calls_of(optimizer: keras.optimizers.Optimizer) -> int:
+    """How many times it was given gradients: unlike its `iterations`, micro-steps count."""
+    return int(_updating(optimizer)._iterations.numpy())
 
 
 def _all_layers(model: keras.Model) -> list[keras.layers.Layer]:
