@@ -58,7 +58,9 @@ class GradientNorms(keras.callbacks.Callback):
 
     The gradients are those that the train step's own GradientTape computed for this very batch:
     there is no second backward pass, and the weights after training are bit for bit those of a
-    training without the callback. Recorded for each optimizer step, before and after clipping,
+    training without the callback; the last bit may differ under jit_compile=True where clipnorm
+    clips an embedding, and with stop, raise or stop_above for a weight whose gradient is a mere
+    product (one that has no part in the loss but its regularizer). Recorded for each optimizer step, before and after clipping,
     loss scale undone: the L2 norm of each weight's gradient, the batch's own loss, and for
     kerasgrad's recurrent layers the norms of ∂L/∂s_t. See `kerasgrad.GradientHistory`.
 
@@ -84,6 +86,7 @@ class GradientNorms(keras.callbacks.Callback):
             variable's path or its name: "*/recurrent_kernel", "bias"), or a function of the
             variable. The global norms are then those of the recorded weights. None is all.
         every: record the steps whose number divides by this, and compute no norms at the others.
+            "stop", "raise" and stop_above look at each step all the same, and record the last one.
         csv: a file that each row is appended to as soon as its step is done; with several
             optimizers <name>_<key>.csv each. ∂L/∂s_t is not in it.
         log_dir: a folder for TensorBoard: gradient_norm/... before and applied_gradient_norm/...
@@ -143,13 +146,11 @@ class GradientNorms(keras.callbacks.Callback):
         if stop_above is not None and not stop_above > 0:
             raise ValueError(f"stop_above must be a positive norm. Received: {stop_above!r}.")
         self._optimizers = optimizers
-        self._selects = _selector(weights)
-        self._weights = weights
         self._batch_logs = batch_logs
         self._recorders = {
             name: _Recorder(
                 name,
-                selects=self._selects,
+                weights=weights,
                 every=every,
                 limits=_Limits(on_nonfinite, stop_above),
                 csv=None if csv is None else CSVStream(_named(Path(csv), name)),
@@ -201,8 +202,11 @@ class GradientNorms(keras.callbacks.Callback):
     def _check(self, model):
         strategy = model.distribute_strategy
         if strategy is not None and not isinstance(strategy, _STRATEGIES):
+            # A class with two names, of which people know one.
+            several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+            name = "MultiWorkerMirroredStrategy" if several else type(strategy).__name__
             raise ValueError(
-                f"GradientNorms does not know how {type(strategy).__name__} adds up gradients. It "
+                f"GradientNorms does not know how {name} adds up gradients. It "
                 "records under tf.distribute.MirroredStrategy, OneDeviceStrategy, or none."
             )
         if isinstance(model.train_step, tf.types.experimental.PolymorphicFunction):
@@ -217,12 +221,9 @@ class GradientNorms(keras.callbacks.Callback):
                 f"GradientNorms found no trainable weights in model {model.name!r}: there is no "
                 "gradient to record. Set `trainable = True` on a layer and compile again."
             )
-        if model.built and not any(map(self._selects, model.trainable_variables)):
-            raise ValueError(
-                f"weights={self._weights!r} selects none of the trainable weights: "
-                f"{', '.join(v.path for v in model.trainable_variables)}."
-            )
         for recorder in self._recorders.values():
+            if model.built:
+                recorder.check_selection(model.trainable_variables)
             recorder.check()
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -533,6 +534,9 @@ class _TrainStepHooks:
         for recorder in recorders:
             columns = [i for i, v in enumerate(variables) if recorder.selects(v)]
             if not columns:
+                # The model may have got its weights just now. None need be among those of one
+                # update, where a train step makes several.
+                recorder.check_selection([*variables, *self.model.trainable_variables])
                 continue
             due = recorder.is_due()
             if forbidding is not None:
@@ -643,7 +647,7 @@ class _Recorder:
     def __init__(
         self,
         name: str,
-        selects: Callable[[keras.Variable], bool],
+        weights: str | Sequence[str] | Callable[[keras.Variable], bool] | None,
         every: int,
         limits: _Limits,
         csv: CSVStream | None,
@@ -652,7 +656,8 @@ class _Recorder:
     ):
         self.history = GradientHistory()
         self.optimizer: keras.optimizers.Optimizer | None = None
-        self.selects = selects
+        self.selects = _selector(weights)
+        self._weights = weights
         self.limits = limits
         self.batch_logs = batch_logs
         self._unchecked: list[dict[str, Any]] = []  # against the limits
@@ -669,6 +674,13 @@ class _Recorder:
         self._first_row = 0  # of those that this optimizer has made
         self._calls_at_end = 0  # of the optimizer, in the fit before
         self.begin_epoch(0)
+
+    def check_selection(self, variables: list) -> None:
+        if not any(map(self.selects, variables)):
+            raise ValueError(
+                f"weights={self._weights!r} selects none of the trainable weights: "
+                f"{', '.join(_paths(variables))}."
+            )
 
     def check(self) -> None:
         for stream in (self._csv, self._tensorboard):

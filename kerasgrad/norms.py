@@ -19,8 +19,7 @@ def gradient_norms(gradients: list[tf.Tensor | tf.IndexedSlices]) -> list[tf.Ten
     """
     if not gradients:
         return []
-    dense = [_summed_rows(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
-    bases, factors = zip(*map(_factored, dense), strict=True)
+    bases, factors = zip(*map(_factored, gradients), strict=True)
     quick = tf.stack([tf.cast(_norm(_at_least_float32(base)), tf.float64) for base in bases])
     enough = tf.reduce_all((quick > _SMALLEST) & (quick < _LARGEST))
     norms = tf.cond(
@@ -68,8 +67,11 @@ def _at_least_float32(values):
 def _factored(tensor):
     """(base, factor): tensor = base times a scalar of absolute value `factor`, None for 1.
 
-    Nobody then reads the product itself (see read_apart).
+    Nobody then reads the product itself (see read_apart). Of a sparse gradient, base is dense.
     """
+    if isinstance(tensor, tf.IndexedSlices):
+        values, factor = _factored(tensor.values)
+        return _summed_rows(values, tensor.indices), factor
     if tf.executing_eagerly():
         return tensor, None
     if tensor.op.type == "Identity":
@@ -88,12 +90,10 @@ def _factored(tensor):
     return base, scalar if factor is None else scalar * factor
 
 
-def _summed_rows(g):
+def _summed_rows(values, indices):
     """The rows of an embedding's sparse gradient, those of the same index added up."""
-    order = tf.argsort(g.indices)
-    indices = tf.gather(g.indices, order)
-    is_new = tf.cast(indices[1:] != indices[:-1], tf.int32)
+    order = tf.argsort(indices)
+    sorted_indices = tf.gather(indices, order)
+    is_new = tf.cast(sorted_indices[1:] != sorted_indices[:-1], tf.int32)
     segments = tf.concat([[0], tf.cumsum(is_new)], axis=0)
-    return tf.math.unsorted_segment_sum(
-        tf.gather(read_apart(g.values), order), segments, tf.shape(g.indices)[0]
-    )
+    return tf.math.unsorted_segment_sum(tf.gather(values, order), segments, tf.shape(indices)[0])

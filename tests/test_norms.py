@@ -1,0 +1,226 @@
+"""The norms in the graph against NumPy in float64: any size, precision and kind of gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import MODES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kerasgrad import norms as norms_module
+from kerasgrad.norms import gradient_norms, read_apart, state_norms
+
+RTOL = {"float16": 1e-6, "bfloat16": 1e-6, "float32": 2e-6, "float64": 1e-12}
+# Below the smallest normal number TensorFlow's kernels take a float32 for 0, as its optimizers do.
+MAGNITUDES = {
+    "float16": (1e-7, 1e-3, 1.0, 1e4),
+    "bfloat16": (1e-36, 1e-20, 1.0, 1e20, 1e38),
+    "float32": (1e-36, 1e-30, 1e-15, 1e-7, 1.0, 1e7, 1e15, 1e25, 1e38),
+    "float64": (1e-150, 1e-38, 1.0, 1e38, 1e150),
+}
+
+
+def exact(gradient):
+    """Scaled before squaring, so that float64 itself neither overflows nor underflows."""
+    values = np.asarray(tf.cast(tf.convert_to_tensor(gradient), tf.float64)).ravel()
+    largest = np.max(np.abs(values), initial=0)
+    if largest == 0 or not np.isfinite(largest):
+        return np.sqrt(np.sum(values**2))
+    return largest * np.linalg.norm(values / largest)
+
+
+def drawn(size, dtype, shape=(3, 5), seed=0):
+    values = np.random.default_rng(seed).uniform(0.2, 1, shape) * size
+    return tf.constant(np.where(np.arange(values.size).reshape(shape) % 2, values, -values), dtype)
+
+
+def in_mode(mode, function, *inputs):
+    return [float(norm) for norm in MODES[mode](function)(*inputs)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", MAGNITUDES)
+def test_any_magnitude(mode, dtype):
+    # Beside a gradient of 1, whose norm must not suffer from what the other one needs.
+    compiled = MODES[mode](lambda *gradients: gradient_norms(list(gradients)))
+    ones = drawn(1.0, dtype, (4,), seed=1)
+    for size in MAGNITUDES[dtype]:
+        gradients = [drawn(size, dtype), ones]
+        norms = compiled(*gradients)
+        assert all(norm.dtype == tf.float64 and norm.shape == () for norm in norms)
+        np.testing.assert_allclose(norms, [*map(exact, gradients)], rtol=RTOL[dtype])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_special_values_stay_with_their_gradient(mode):
+    gradients = [
+        tf.zeros([3, 2]),
+        tf.constant([1.0, np.nan]),
+        tf.constant([np.inf, 1.0]),
+        tf.constant([3.0, -4.0]),
+        tf.constant([-np.inf, np.nan]),
+        tf.constant(-2.0),  # A scalar weight.
+        tf.zeros([0, 4]),
+    ]
+    norms = in_mode(mode, lambda *g: gradient_norms(list(g)), *gradients)
+    np.testing.assert_array_equal(norms, [0, np.nan, np.inf, 5, np.nan, 2, 0])
+
+
+def test_no_gradients():
+    assert gradient_norms([]) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_rows_of_one_index_are_added_up(mode, scale):
+    indices = tf.constant([4, 1, 4, 0, 1, 4], tf.int64)
+    values = tf.constant(np.random.default_rng(2).normal(size=(6, 3)) * scale, "float32")
+
+    def norms(indices, values):
+        once = tf.IndexedSlices(values, indices, dense_shape=[5, 3])
+        # As an optimizer's clipping makes it.
+        scaled = tf.IndexedSlices(values * tf.constant(-0.5), indices, dense_shape=[5, 3])
+        return gradient_norms([once, scaled, tf.ones([2, 2])])
+
+    summed = np.zeros((5, 3))
+    np.add.at(summed, indices.numpy(), values.numpy().astype("float64"))
+    whole = exact(summed)
+    expected = [whole, whole / 2, 2]
+    np.testing.assert_allclose(in_mode(mode, norms, indices, values), expected, rtol=2e-6)
+
+
+def test_rows_that_cancel():
+    slices = tf.IndexedSlices(tf.constant([[2.0], [-2.0], [1.0]]), tf.constant([3, 3, 0]))
+    assert float(gradient_norms([slices])[0]) == 1
+
+
+PRODUCTS = {
+    "g * s": (lambda g, h, s: g * s, 3.0),
+    "s * g": (lambda g, h, s: s * g, 3.0),
+    "g / s": (lambda g, h, s: g / s, 1 / 3),
+    "(g * s) / t": (lambda g, h, s: (g * -s) / tf.constant(2.0), 1.5),
+    "a scalar of shape (1, 1)": (lambda g, h, s: g * tf.reshape(s, [1, 1]), 3.0),
+    "through an Identity": (lambda g, h, s: tf.identity(tf.identity(g) * s), 3.0),
+    "s / g": (lambda g, h, s: s / g, None),
+    "g * h": (lambda g, h, s: g * h, None),
+    "s * (g * h)": (lambda g, h, s: s * (g * h), None),
+    "(g * h) / (g * s)": (lambda g, h, s: (g * h) / (g * s), None),
+    "h of a row": (lambda g, h, s: g * h[:1], None),
+    "a scalar to a matrix": (lambda g, h, s: s * g[0, 0], None),
+    "no product": (lambda g, h, s: g + s * h, None),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_products(mode):
+    g, h, s = drawn(1.0, "float32", seed=3), drawn(2.0, "float32", seed=4), tf.constant(3.0)
+
+    def norms(g, h, s):
+        return gradient_norms([make(g, h, s) for make, _ in PRODUCTS.values()])
+
+    eager = [make(g, h, s) for make, _ in PRODUCTS.values()]
+    expected = [
+        exact(product) if factor is None else exact(g) * factor
+        for product, (_, factor) in zip(eager, PRODUCTS.values(), strict=True)
+    ]
+    np.testing.assert_allclose(in_mode(mode, norms, g, h, s), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("special", [0.0, np.inf, np.nan])
+def test_products_with_special_scalars(special):
+    g = tf.constant([3.0, -4.0])
+    norms = in_mode("graph", lambda g, s: gradient_norms([g * s, g / s]), g, tf.constant(special))
+    with np.errstate(all="ignore"):
+        expected = [np.abs(5.0 * special), np.abs(5.0 / np.float64(special))]
+    np.testing.assert_array_equal(norms, expected)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, factor) in PRODUCTS.items() if factor])
+def test_nobody_reads_a_product_with_a_scalar(name):
+    # A second reader would change how TensorFlow compiles the update: see read_apart.
+    products = []
+
+    @tf.function(autograph=False)
+    def step(g, s):
+        before = len(tf.compat.v1.get_default_graph().get_operations())
+        products.append(PRODUCTS[name][0](g, g, s))
+        made = tf.compat.v1.get_default_graph().get_operations()[before:]
+        products.extend(op.outputs[0] for op in made if op.type in ("Mul", "RealDiv"))
+        consumers = [len(product.consumers()) for product in products]
+        result = gradient_norms(products[:1])
+        assert [len(product.consumers()) for product in products] == consumers
+        return result
+
+    step(drawn(1.0, "float32"), tf.constant(3.0))
+    assert len(products) > 1
+
+
+def test_read_apart():
+    g, h = drawn(1.0, "float32", seed=5), drawn(1.0, "float32", seed=6)
+    assert read_apart(g) is g  # Eagerly there is nothing to rearrange.
+
+    @tf.function(autograph=False)
+    def read(g, h):
+        products = [g * h, (g * h) / (h * h), 2.0 * g]
+        others = [g, g + h]
+        apart = [read_apart(tensor) for tensor in products]
+        assert all(read_apart(tensor) is tensor for tensor in others)
+        for product, copy in zip(products, apart, strict=True):
+            assert copy is not product
+            assert not product.consumers()
+        return products, apart
+
+    products, apart = read(g, h)
+    for product, copy in zip(products, apart, strict=True):
+        np.testing.assert_array_equal(product, copy)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_random_shapes_and_scales(data):
+    shapes = st.lists(st.integers(1, 4), max_size=3).map(tuple)
+    parts = data.draw(
+        st.lists(st.tuples(shapes, st.integers(-36, 37), st.integers(0, 99)), min_size=1)
+    )
+    gradients = [drawn(10.0**size, "float32", shape, seed) for shape, size, seed in parts]
+    norms = gradient_norms(gradients)
+    np.testing.assert_allclose(norms, [*map(exact, gradients)], rtol=2e-6)
+
+
+# State norms
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 40), st.integers(-36, 37))
+def test_state_norms(T, batch, units, size):
+    λ = drawn(10.0**size, "float32", (T, batch, units), seed=T)
+    expected = [np.mean([exact(example) for example in step]) for step in λ]
+    actual = state_norms(λ)
+    assert actual.dtype == tf.float64
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", MAGNITUDES)
+def test_state_norms_of_any_precision(dtype):
+    for size in MAGNITUDES[dtype]:
+        λ = drawn(size, dtype, (3, 2, 4))
+        expected = [np.mean([exact(example) for example in step]) for step in λ]
+        np.testing.assert_allclose(state_norms(λ), expected, rtol=1e-12)
+
+
+def test_state_norms_keep_special_values_to_their_step():
+    λ = np.ones((4, 2, 4), "float32")
+    λ[1, 0, 2], λ[2, 1, 0], λ[3] = np.nan, -np.inf, 0
+    np.testing.assert_array_equal(state_norms(tf.constant(λ)), [2, np.nan, np.inf, 0])
+
+
+def test_state_norms_compile_once_for_all_lengths():
+    # reduce_retracing: each further T and batch would otherwise compile anew in mid-training.
+    for T in range(7, 10):
+        state_norms(tf.ones([T, 2 + T, 3]))
+    traces = norms_module.state_norms.experimental_get_tracing_count()
+    for T in range(10, 20):
+        state_norms(tf.ones([T, 2 + T, 3]))
+    assert norms_module.state_norms.experimental_get_tracing_count() == traces
