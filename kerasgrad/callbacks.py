@@ -60,9 +60,10 @@ class GradientNorms(keras.callbacks.Callback):
     there is no second backward pass, and the weights after training are bit for bit those of a
     training without the callback; the last bit may differ under jit_compile=True where clipnorm
     clips an embedding, and with stop, raise or stop_above for a weight whose gradient is a mere
-    product (one that has no part in the loss but its regularizer). Recorded for each optimizer step, before and after clipping,
-    loss scale undone: the L2 norm of each weight's gradient, the batch's own loss, and for
-    kerasgrad's recurrent layers the norms of ∂L/∂s_t. See `kerasgrad.GradientHistory`.
+    product (one that has no part in the loss but its regularizer). Recorded for each optimizer
+    step, before and after clipping, loss scale undone: the L2 norm of each weight's gradient, the
+    batch's own loss, and for kerasgrad's recurrent layers the norms of ∂L/∂s_t. See
+    `kerasgrad.GradientHistory`.
 
     Each epoch's logs gain `grad_norm` (mean over the epoch's recorded steps of the global norm
     before clipping), `grad_norm_max` (its maximum) and `grad_clip_rate` (share of the updates that
