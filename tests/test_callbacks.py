@@ -23,6 +23,7 @@ from keras import layers
 
 import kerasgrad as kg
 from kerasgrad import callbacks as callbacks_module
+from kerasgrad import recorder as recorder_module
 from kerasgrad.callbacks import GradientNorms
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:keras")
@@ -787,7 +788,7 @@ def test_reading_the_record_in_mid_training_changes_nothing():
 
 
 def test_more_steps_than_the_buffer_has_rows(monkeypatch):
-    monkeypatch.setattr(callbacks_module, "_ROWS", 4)
+    monkeypatch.setattr(recorder_module, "_ROWS", 4)
     norms = GradientNorms()
     model = dense()
     model.compile(keras.optimizers.SGD(0.05), "mse")
@@ -1043,6 +1044,7 @@ def test_what_keras_keeps_private_is_still_there():
     (clipped,) = optimizer._clip_gradients([tf.constant([3.0])])
     assert clipped == 0.5
     assert all(map(lambda a, b: a is b, optimizer._trainable_variables, model.trainable_variables))
+    assert int(optimizer._iterations) == int(optimizer.iterations)
     found = model._flatten_layers(include_self=False, recursive=True)
     assert sum(isinstance(layer, kg.layers.SimpleRNN) for layer in found) >= 2
     assert callable(kg.layers.SimpleRNN.inner_loop)

@@ -42,6 +42,7 @@ from test_callbacks import (
 import kerasgrad as kg
 from kerasgrad import callbacks as callbacks_module
 from kerasgrad import norms as norms_module
+from kerasgrad import recorder as recorder_module
 from kerasgrad.callbacks import GradientNorms
 from kerasgrad.history import GradientHistory
 
@@ -145,7 +146,7 @@ def test_every_with_gradient_accumulation_and_a_second_fit():
 
 def test_the_record_is_read_in_time_after_somebody_else_has_read_it(monkeypatch):
     # Read at each batch at first, the buffer seems to fill slowly; then it fills at its real pace.
-    monkeypatch.setattr(callbacks_module, "_ROWS", 16)
+    monkeypatch.setattr(recorder_module, "_ROWS", 16)
     norms, model = GradientNorms(), dense()
     model.compile("sgd", "mse", steps_per_execution=4)
 
