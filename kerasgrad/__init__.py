@@ -9,7 +9,7 @@ if keras.backend.backend() != "tensorflow":
         '    import os; os.environ["KERAS_BACKEND"] = "tensorflow"'
     )
 
-from kerasgrad import callbacks, layers, remedies, tasks
+from kerasgrad import bptt, callbacks, layers, remedies, tasks
 from kerasgrad.diagnosis import Finding, diagnose
 from kerasgrad.history import GradientHistory
 from kerasgrad.remedies import compare
@@ -17,6 +17,7 @@ from kerasgrad.remedies import compare
 __all__ = [
     "Finding",
     "GradientHistory",
+    "bptt",
     "callbacks",
     "compare",
     "diagnose",

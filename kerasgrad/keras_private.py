@@ -53,7 +53,7 @@ def _private(owner: Any, name: str) -> Any:
     except AttributeError:
         raise RuntimeError(
             f"{type(owner).__name__} of Keras {keras.__version__} has no {name}, which "
-            "GradientNorms needs. Expected a model and an optimizer of Keras's own classes or "
+            "kerasgrad needs. Expected a model and an optimizer of Keras's own classes or "
             "derived from them, in a version of Keras that kerasgrad's tests pass with (3.6 to "
             "3.15)."
         ) from None

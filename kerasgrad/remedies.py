@@ -6,7 +6,7 @@ import csv
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil, log
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,8 @@ from kerasgrad.callbacks import GradientNorms
 from kerasgrad.diagnosis import diagnose
 from kerasgrad.history import GradientHistory
 from kerasgrad.layers import IRNN, SimpleRNN, SimplifiedLSTM
+from kerasgrad.memory import forget_bias_for_horizon
 from kerasgrad.tasks import Task
-
-
-def forget_bias_for(timesteps: int) -> float:
-    """The forget gate's bias with which half of the state is left after T steps: ln(T / ln 2).
-
-    σ(b)^T = 1/2 has the solution b = -ln(2^(1/T) - 1), about ln(T / ln 2) for T of 10 and more.
-
-    >>> round(forget_bias_for(50), 2), round(forget_bias_for(784), 2)
-    (4.28, 7.03)
-    """
-    return log(timesteps / log(2))
 
 
 @dataclass(frozen=True)
@@ -77,7 +67,7 @@ def _irnn(units, timesteps, **kwargs):
 
 
 def _simplified_lstm(units, timesteps, **kwargs):
-    bias = forget_bias_for(timesteps)
+    bias = forget_bias_for_horizon(timesteps)
     return SimplifiedLSTM(units, project_input=True, forget_bias=bias, **kwargs)
 
 
