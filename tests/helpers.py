@@ -248,3 +248,29 @@ def assert_equal_results(actual, expected, tolerance: float) -> None:
     for kind, ours, theirs in zip(("outputs", "gradients"), actual, expected, strict=True):
         error = largest_relative_error(ours, theirs)
         assert error <= tolerance, f"{kind}: relative error {error:.1e}"
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class TwoStates(keras.layers.Layer):
+    """A user's own cell: a = tanh(x U + b W), b' = b + a/2; its output a b' is neither state."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.state_size = [units, units]
+        self.output_size = units
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(input_shape[-1], self.units), name="kernel")
+        self.recurrent_kernel = self.add_weight(
+            shape=(self.units, self.units), name="recurrent_kernel"
+        )
+
+    def call(self, x, states):
+        _, b = states
+        a = keras.ops.tanh(x @ self.kernel + b @ self.recurrent_kernel)
+        b = b + 0.5 * a
+        return a * b, [a, b]
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}

@@ -246,6 +246,7 @@ def _log_singular_values(d, N):
     τ = 2c / (1 - r² + √((1 - r²)² + 4 r² c²)), c = uᵀv: no step leaves the range of floats,
     whatever d.
     """
+    d, N = d.copy(), N.copy()
     n = d.shape[1]
     batch = np.arange(len(d))[:, np.newaxis]
     for _ in range(_SWEEPS):

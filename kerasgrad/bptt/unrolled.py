@@ -136,6 +136,8 @@ def unrolled(
         if mask is not None:
             mask = tf.reshape(tf.cast(mask, tf.bool), tf.shape(mask)[:2])
             steps.mask = tf.reverse(mask, [1]) if layer.go_backwards else mask
+        # A stateful layer hands in its variables.
+        initial_state = keras.tree.map_structure(tf.convert_to_tensor, initial_state)
         last_output, outputs, states = loop.inner_loop(sequences, initial_state, mask)
         steps.final = [watched(tf.identity(state)) for state in keras.tree.flatten(states)]
         return last_output, outputs, keras.tree.pack_sequence_as(states, steps.final)
@@ -188,6 +190,10 @@ def unchanged(model: keras.Model | keras.layers.Layer) -> Iterator[None]:
     the seeds of dropout) and the metrics.
     """
     variables = [*model.non_trainable_variables, *getattr(model, "metrics_variables", ())]
+    # Keras does not count the states of a stateful layer among a model's variables.
+    for layer in (model, *all_layers(model)):
+        if isinstance(layer, keras.layers.RNN) and layer.stateful:
+            variables += keras.tree.flatten(layer.states)
     before = [tf.identity(variable.value) for variable in variables]
     eagerly = tf.config.functions_run_eagerly()
     # A model may wrap its call in a tf.function, whose tensors nobody outside can see.
@@ -258,7 +264,7 @@ def recurrent_layer(
 
     Args:
         model: a built model, or a recurrent layer.
-        layer: a name, a path, or the layer itself; None for the only one.
+        layer: a name, a path or the end of one, or the layer itself; None for the only one.
 
     Raises:
         ValueError: when there is none, several and no name, or none or several of this name.
@@ -273,7 +279,7 @@ def recurrent_layer(
         named = list(layers.values())
         wish = "none was named"
     else:
-        named = [one for path, one in layers.items() if layer is one or layer in (path, one.name)]
+        named = [one for path, one in layers.items() if layer is one or _is_end(layer, path)]
         wish = f"received layer={getattr(layer, 'path', layer)!r}"
     if len(named) != 1:
         raise ValueError(
@@ -281,6 +287,10 @@ def recurrent_layer(
             f"{model.name!r}: {', '.join(map(repr, layers))}; {wish}."
         )
     return named[0]
+
+
+def _is_end(name, path):
+    return isinstance(name, str) and f"/{path}".endswith(f"/{name}")
 
 
 def cells_of(layer: keras.layers.RNN) -> list[Any]:
