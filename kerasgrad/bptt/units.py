@@ -211,7 +211,7 @@ def _gates(steps: Steps, layer: keras.layers.RNN) -> dict[str, np.ndarray]:
     # All steps are rows of one batch: the gates need no recurrence once the states are known.
     x = tf.concat(steps.inputs, axis=0)
     before = [tf.concat(s, axis=0) for s in zip(*steps.before, strict=True)]
-    cells = cells_of(layer)
+    cells = cells_of(layer.cell)
     values = {}
     for i, cell in enumerate(cells):
         count = len(keras.tree.flatten(cell.state_size))
@@ -262,7 +262,7 @@ def _gate_activation(cell):
 
 def _named_cells(layer, names):
     """(name, the cell that it belongs to) for names as those of `gates` and `states`."""
-    cells = cells_of(layer)
+    cells = cells_of(layer.cell)
     for name in names:
         prefix, _, _ = name.rpartition("/")
         yield name, cells[int(prefix.removeprefix("cell_"))] if prefix else cells[0]

@@ -65,11 +65,15 @@ class Steps:
         """The cell's output and new states, with these weights (or its own), for any rows."""
         cell = self.cell
         states = keras.tree.pack_sequence_as(self.structure, states)
-        if weights:
-            with keras.StatelessScope(list(zip(cell.trainable_variables, weights, strict=True))):
-                output, after = cell(inputs, states)
-        else:
+        copies = list(zip(cell.trainable_variables, weights, strict=True)) if weights else []
+        # The scope also keeps the cell from drawing seeds for a dropout that is not applied.
+        with keras.StatelessScope(copies):
             output, after = cell(inputs, states)
+        for one in cells_of(cell):
+            # Some versions keep a mask, of this batch size, even where none is applied.
+            if hasattr(one, "reset_dropout_mask"):
+                one.reset_dropout_mask()
+                one.reset_recurrent_dropout_mask()
         return output, keras.tree.flatten(after)
 
 
@@ -293,15 +297,14 @@ def _is_end(name, path):
     return isinstance(name, str) and f"/{path}".endswith(f"/{name}")
 
 
-def cells_of(layer: keras.layers.RNN) -> list[Any]:
-    """The layer's cell, or those of its StackedRNNCells."""
-    cell = layer.cell
+def cells_of(cell: Any) -> list[Any]:
+    """The cell itself, or those in a StackedRNNCells."""
     return list(cell.cells) if isinstance(cell, keras.layers.StackedRNNCells) else [cell]
 
 
 def state_names(layer: keras.layers.RNN) -> list[str]:
     """A name for each state of the layer, in the order of its flat list of states."""
-    cells = cells_of(layer)
+    cells = cells_of(layer.cell)
     names = [_state_names(cell) for cell in cells]
     if len(cells) == 1:
         return names[0]
