@@ -458,6 +458,9 @@ def test_norms_cancellation_and_horizon():
         bptt.Contributions({"w": G}, by_lag=False).horizon()
     with pytest.raises(ValueError, match=r"\(0, 1\]. Received: 0"):
         shares.horizon(0)
+    tiny = bptt.Contributions({"w": 1e-300 * G, "v": 1e300 * G}, by_lag=True)
+    np.testing.assert_allclose(tiny.norms["w"], 1e-300 * shares.norms["w"])
+    np.testing.assert_allclose(tiny.norms["v"], 1e300 * shares.norms["w"])
     nothing = bptt.Contributions({"w": 0 * G}, by_lag=True)
     assert np.isnan(nothing.cancellation["w"]) and nothing.horizon()["w"] == 0
 

@@ -1,4 +1,4 @@
-"""The figures, read from their artists: what is drawn is what the record holds."""
+"""The figures of a record, read from their artists: what is drawn is what the record holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from kerasgrad import GradientHistory, plots
+from kerasgrad import Finding, GradientHistory, diagnose, plots
 
 N, T = 60, 7
 
@@ -147,12 +147,38 @@ def test_finite_norms_have_no_crosses():
     assert "NaN or Inf" not in lines(plots.plot_norms(record()))
 
 
-def test_a_norm_of_zero_is_a_gap_and_no_cross():
+def test_a_norm_of_zero_is_a_gap_and_a_triangle_at_its_step():
     norms = np.ones((N, 2))
     norms[5] = 0.0
-    drawn = lines(plots.plot_norms(record(norms=norms)))
+    ax = plots.plot_norms(record(norms=norms))
+    drawn = lines(ax)
     assert np.flatnonzero(np.isnan(drawn["before clipping"].get_ydata())).tolist() == [5]
     assert "NaN or Inf" not in drawn
+    triangle = drawn["0"]
+    assert triangle.get_xdata().tolist() == [1005]
+    assert (triangle.get_marker(), triangle.get_linestyle()) == ("v", "None")
+    # At the lower edge whatever the scale.
+    assert triangle.get_transform() == ax.get_xaxis_transform()
+    assert 0 < triangle.get_ydata()[0] < 0.1
+    assert "0" in legend_of(ax)
+
+
+def test_a_step_alone_between_two_gaps_can_be_seen():
+    """A line needs two points: 0 at every second step would leave nothing but the triangles."""
+    norms = np.ones((N, 2))
+    norms[::2] = 0.0
+    norms[58] = 1.0
+    line = lines(plots.plot_norms(record(norms=norms)))["before clipping"]
+    assert line.get_marker() == "o"
+    assert line.get_markevery() == list(range(1, 57, 2))
+
+
+def test_a_gap_at_the_beginning_is_inside_of_the_axes():
+    norms = np.ones((N, 2))
+    norms[:40] = np.nan
+    left, right = plots.plot_norms(record(norms=norms)).get_xlim()
+    assert left < 1000
+    assert right > 1000 + N - 1
 
 
 # plot_weight_norms
@@ -176,6 +202,13 @@ def test_a_weight_without_gradient_is_a_gap_and_no_cross():
     assert np.isnan(drawn["model/rnn/bias"].get_ydata()[:20]).all()
     assert_line(drawn["model/rnn/kernel"], 1000 + np.arange(N), np.ones(N))
     assert "NaN or Inf" not in drawn
+
+
+def test_norms_of_zero_are_counted_in_the_label_of_their_weight():
+    norms = np.ones((N, 2))
+    norms[:7, 1] = 0.0
+    drawn = lines(plots.plot_weight_norms(record(norms=norms), average=10))
+    assert list(drawn) == ["model/rnn/kernel", "model/rnn/bias (0 at 7 of 60 steps)"]
 
 
 def test_many_weights_can_be_told_apart():
@@ -255,6 +288,30 @@ def test_a_loss_that_is_nan_is_a_cross_in_the_colour_of_its_line():
     assert crosses.get_color() == line.get_color() == "red"
 
 
+def test_a_loss_without_a_name_explains_its_marks():
+    loss = np.ones(N)
+    loss[[3, 7]] = np.nan, 0
+    ax = plots.plot_loss(record(loss=loss))
+    assert legend_of(ax) == ["NaN or Inf", "0"]
+    assert lines(ax)["0"].get_xdata().tolist() == [1007]
+    assert plots.plot_loss(record()).get_legend() is None
+    # With a name, the legend is the caller's, who may draw more lines.
+    assert plots.plot_loss(record(loss=loss), label="mine").get_legend() is None
+
+
+def test_losses_below_zero_are_drawn_on_a_linear_scale():
+    """A negative log likelihood of a density: a log scale would leave out what is below 0."""
+    loss = np.linspace(2, -3, N)
+    loss[9] = 0.0
+    ax = plots.plot_loss(record(loss=loss))
+    assert ax.get_yscale() == "linear"
+    (line,) = ax.lines
+    np.testing.assert_array_equal(line.get_ydata(), loss)
+    # Beside another, whose losses are all above 0.
+    plots.plot_loss(record(), ax)
+    assert ax.get_yscale() == "linear"
+
+
 # plot_state_norms
 
 
@@ -266,7 +323,9 @@ def test_state_norms_are_the_median_of_the_last_steps(last, n):
     medians = [statistics.median(column) for column in rows.T.tolist()]
     assert_line(ax.lines[0], range(1, T + 1), medians)
     assert ax.get_xlabel() == "time step t of the sequence"
-    assert ax.get_ylabel() == f"‖∂L/∂s_t‖, median of the last {min(last, n)} optimizer steps"
+    assert ax.get_ylabel() == (
+        f"‖∂L/∂s_t‖₂, mean over the batch,\nmedian of the last {min(last, n)} optimizer steps"
+    )
     assert legend_of(ax) == ["model/rnn"]
 
 
@@ -281,7 +340,7 @@ def test_state_norms_off_the_scale_are_counted_in_the_legend():
     norms = np.ones((N, T))
     norms[:, :2] = 0.0, np.inf
     ax = plots.plot_state_norms(record(state_norms={"rnn": norms}))
-    assert legend_of(ax) == ["rnn (0, NaN or Inf at 2 of 7 t)"]
+    assert legend_of(ax) == ["rnn (0 at 1, NaN or Inf at 1 of 7 t)"]
     assert np.isnan(ax.lines[0].get_ydata()[:2]).all()
 
 
@@ -290,6 +349,16 @@ def test_the_one_time_step_left_can_be_seen():
     norms[:, -1] = 1.0
     (line,) = plots.plot_state_norms(record(state_norms={"rnn": norms})).lines
     assert line.get_marker() == "o"
+
+
+def test_state_norms_of_the_probe_where_the_layer_has_no_other():
+    history = record(state_norms={})
+    for step in (1000, 1010, 1020):
+        history.append_probe(step=step, state_norms={"lstm:c": np.full(T, step / 1000)})
+    ax = plots.plot_state_norms(history)
+    assert_line(ax.lines[0], range(1, T + 1), np.full(T, 1.01))
+    assert legend_of(ax) == ["lstm:c"]
+    assert ax.get_ylabel().endswith("\nmedian of the last 3 probes")
 
 
 @pytest.mark.parametrize(
@@ -359,6 +428,86 @@ def test_compared_state_norms_of_a_training_with_two_layers():
     assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 3
 
 
+# plot_diagnosis
+
+
+def finding(kind, steps, severity="warning", where="all weights") -> Finding:
+    return Finding(kind, severity, where, steps, evidence="2 > 1", advice="pass")
+
+
+FINDINGS = [
+    finding("non_finite", (1040, 1059), severity="error", where="model/rnn/kernel"),
+    finding("exploding", (1030, 1030)),
+]
+
+
+def test_each_finding_is_a_bar_from_its_first_to_its_last_step():
+    strip = plots.plot_diagnosis(record(), FINDINGS)[2]
+    assert [list(bar.get_xdata()) for bar in strip.lines] == [[1040, 1059], [1030, 1030]]
+    assert [text.get_text() for text in strip.texts] == [
+        "error: non finite, step 1040 (model/rnn/kernel)",
+        "warning: exploding, step 1030 (all weights)",
+    ]
+    # Each text is above its bar, and the first finding at the top.
+    heights = [
+        y
+        for text, bar in zip(strip.texts, strip.lines, strict=True)
+        for y in (text.get_position()[1], bar.get_ydata()[0])
+    ]
+    bottom, top = strip.get_ylim()
+    assert bottom > heights[3] > heights[2] > heights[1] > heights[0] > top
+    # A finding of one step is a line without length: its marker is what can be seen.
+    assert "None" not in {bar.get_marker() for bar in strip.lines}
+    # An error is told from a warning in colour and in grey.
+    error, warning = strip.lines
+    assert error.get_color() != warning.get_color()
+    assert error.get_marker() != warning.get_marker()
+
+
+def test_a_diagnosis_has_the_loss_and_the_norms_above():
+    history = record()
+    loss, norms, strip = plots.plot_diagnosis(history, FINDINGS)
+    assert_line(loss.lines[0], history.step, history.loss)
+    assert {"before clipping", "after clipping"} < set(lines(norms))
+    for ax in (loss, norms):
+        first = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == ":"]
+        assert first == [1040, 1030]
+        assert ax.get_yscale() == "log"
+    # One scale of steps, named once.
+    assert loss.get_xlim() == norms.get_xlim() == strip.get_xlim()
+    assert [ax.get_xlabel() for ax in (loss, norms, strip)] == ["", "", "optimizer step"]
+    assert all(ax.get_ylabel() for ax in (loss, norms, strip))
+
+
+def test_a_diagnosis_in_axes_of_ones_own():
+    axes = plt.subplots(1, 3)[1]
+    assert plots.plot_diagnosis(record(), FINDINGS, axes).tolist() == axes.tolist()
+    assert [ax.get_xlabel() for ax in axes] == ["optimizer step"] * 3
+    assert len(plt.get_fignums()) == 1
+    with pytest.raises(ValueError, match=r"Expected three axes.*Received: 2"):
+        plots.plot_diagnosis(record(), FINDINGS, axes[:2])
+
+
+def test_what_diagnose_finds_is_drawn():
+    norms = np.ones((N, 2))
+    norms[50:] = np.inf
+    history = record(norms=norms, state_norms={})
+    findings = diagnose(history)
+    strip = plots.plot_diagnosis(history, findings)[2]
+    assert strip.texts[0].get_text().startswith("error: non finite, step 1050")
+    assert len(strip.lines) == len(findings)
+    assert list(strip.lines[0].get_xdata()) == [1050, 1059]
+
+
+@pytest.mark.parametrize("n", [0, 1, N])
+def test_a_diagnosis_without_a_finding_says_so(n):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        axes = plots.plot_diagnosis(record(n=n), [])
+        axes[0].figure.canvas.draw()
+    assert [text.get_text() for text in axes[2].texts] == ["nothing found"]
+
+
 # Histories with nothing to draw
 
 
@@ -396,8 +545,24 @@ def test_a_record_without_a_finite_number_is_drawn_without_a_warning(make, draw)
 
 def test_trainings_without_a_finite_number_are_compared_without_a_warning():
     histories = {"a": _all_nan(), "b": _all_zero(), "c": record()}
+    steps = list(range(1000, 1000 + N))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plots.plot_compared_losses(histories, 0.1).figure.canvas.draw()
-        plots.plot_compared_norms(histories)[0].figure.canvas.draw()
-        plots.plot_compared_state_norms(histories).figure.canvas.draw()
+        losses = plots.plot_compared_losses(histories, 0.1)
+        norms = plots.plot_compared_norms(histories)
+        states = plots.plot_compared_state_norms(histories)
+        for ax in (losses, norms[0], states):
+            ax.figure.canvas.draw()
+    # What has no place on the scale is seen beside what has one.
+    a, crosses, b, triangles, c, _ = losses.lines
+    assert [line.get_label() for line in (a, b, c)] == ["a", "b", "c"]
+    assert np.isnan([a.get_ydata(), b.get_ydata()]).all()
+    assert np.isfinite(c.get_ydata()).all()
+    assert (crosses.get_marker(), crosses.get_xdata().tolist()) == ("x", steps)
+    assert (triangles.get_marker(), triangles.get_xdata().tolist()) == ("v", steps)
+    assert losses.get_legend().get_title().get_text() == "×: NaN or Inf, ▼: 0"
+    assert lines(norms[0])["NaN or Inf"].get_xdata().tolist() == steps
+    assert lines(norms[1])["0"].get_xdata().tolist() == steps
+    assert legend_of(norms[2]) == ["before clipping", "after clipping"]
+    off = ["a (NaN or Inf at 7 of 7 t)", "b (0 at 7 of 7 t)", "c"]
+    assert legend_of(states) == off

@@ -102,10 +102,7 @@ class Contributions(dict):
     @property
     def norms(self) -> dict[str, np.ndarray]:
         """{weight path: (T,)}: ‖G_i‖₂."""
-        return {
-            path: np.sqrt(np.square(G, dtype=np.float64).reshape(len(G), -1).sum(axis=1))
-            for path, G in self.items()
-        }
+        return {path: _norms(G.reshape(len(G), -1).astype(np.float64)) for path, G in self.items()}
 
     @property
     def cancellation(self) -> dict[str, float]:
@@ -113,7 +110,7 @@ class Contributions(dict):
         they cancel each other; NaN where there is no gradient."""
         with np.errstate(invalid="ignore"):
             return {
-                path: float(np.linalg.norm(G.sum(axis=0, dtype=np.float64)) / norms.sum())
+                path: float(_norms(G.sum(axis=0, dtype=np.float64).reshape(1, -1))[0] / norms.sum())
                 for (path, G), norms in zip(self.items(), self.norms.values(), strict=True)
             }
 
@@ -307,6 +304,13 @@ def _differentiate(
     return keras.tree.pack_sequence_as(sources, gradients), steps, layer
 
 
+def _norms(rows):
+    # Squares of what has vanished, or exploded, would be beyond the range of floats.
+    largest = np.abs(rows).max(axis=1, initial=0)
+    scale = np.where((largest > 0) & np.isfinite(largest), largest, 1)
+    return scale * np.linalg.norm(rows / scale[:, np.newaxis], axis=1)
+
+
 def _scaled(optimizer, loss):
     """The loss as the train step differentiates it: times the loss scale of mixed precision."""
     if optimizer is None:
@@ -321,6 +325,6 @@ def _unscaled(gradient, scale):
     return tf.cast(gradient, dtype) / tf.cast(scale, dtype)
 
 
-def fit(mask, tensor):
+def fit(mask: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
     """A mask of the first axis, with as many axes as the tensor."""
     return tf.reshape(mask, [-1] + [1] * (tensor.shape.rank - 1))

@@ -72,8 +72,8 @@ def lyapunov_exponents(
         burn_in: steps at the start that turn Q towards the directions that grow, and do not count.
 
     Returns:
-        (n,) descending, nats a time step, the mean over the batch; -Inf for a direction that a
-        singular Jacobian (a ReLU that is off) takes away.
+        (n,) descending, nats a time step, the mean over the batch; -Inf for a direction of which a
+        singular Jacobian (a ReLU that is off) leaves nothing but rounding.
 
     Raises:
         ValueError: as in `state_jacobians`, and when burn_in leaves no step.
@@ -101,7 +101,7 @@ def lyapunov_exponents(
     Q, total = None, 0.0
     for t, J in enumerate(_each(steps)):
         Q = _start(J) if Q is None else Q
-        Q, R = np.linalg.qr(J @ Q)
+        Q, R = _qr(J @ Q)
         if t >= burn_in:
             with np.errstate(divide="ignore"):
                 total += np.log(np.abs(np.diagonal(R, axis1=1, axis2=2)))
@@ -112,7 +112,8 @@ class JacobianSpectrum(NamedTuple):
     """Singular values of J_t···J_1, as natural logarithms.
 
     - steps: (k,) int, the t of each
-    - log_singular_values: (batch, k, n), descending
+    - log_singular_values: (batch, k, n), descending; -Inf where a singular Jacobian (a ReLU that
+      is off) has left nothing but rounding
     """
 
     steps: np.ndarray
@@ -169,7 +170,7 @@ def jacobian_spectrum(
             Q = _start(J)
             N = np.swapaxes(Q, 1, 2)
             d = np.zeros(J.shape[:2])
-        Q, R = np.linalg.qr(J @ Q)
+        Q, R = _qr(J @ Q)
         d, N = _times(R, d, N)
         if t in steps:
             kept[t] = _log_singular_values(d, N)
@@ -208,6 +209,14 @@ def _each(steps):
 
 def _flat(states):
     return tf.concat([tf.reshape(s, [s.shape[0], -1]) for s in states], axis=1)
+
+
+def _qr(A):
+    """Q and R of A = Q R, with rows of R that are nothing but the rounding of A as zeros."""
+    Q, R = np.linalg.qr(A)
+    size, rows = np.linalg.norm(R, axis=(1, 2)), np.linalg.norm(R, axis=2)
+    rounding = np.finfo(A.dtype).eps * A.shape[-1] * size
+    return Q, np.where((rows < rounding[:, np.newaxis])[..., np.newaxis], 0, R)
 
 
 def _start(J):
