@@ -18,25 +18,27 @@ def block(language, number=0):
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)[number]
 
 
-@pytest.fixture(scope="module")
-def printed():
-    done = subprocess.run(
-        [sys.executable, "-c", block("python")],
+def printed_by(code):
+    return subprocess.run(
+        [sys.executable, "-c", code],
         env=os.environ | {"MPLBACKEND": "agg"},
         capture_output=True,
         text=True,
         timeout=300,
         check=True,
-    )
-    return done.stdout
+    ).stdout
 
 
 def without_times(text):
     return re.sub(r"\d+m?s(/step)? - ", "", text).replace("- -", "-").splitlines()
 
 
-def test_the_first_example_prints_what_the_readme_shows(printed):
-    shown, now = without_times(block("text")), without_times(printed)
+# (which block of Python, which block of text)
+@pytest.mark.parametrize(("code", "text"), [(0, 0), (2, 2)], ids=["recording", "through time"])
+def test_an_example_prints_what_the_readme_shows(code, text):
+    shown, now = (
+        without_times(t) for t in (block("text", text), printed_by(block("python", code)))
+    )
     # Word for word, apart from the numbers.
     assert [NUMBER.sub("#", line) for line in now] == [NUMBER.sub("#", line) for line in shown]
     for line, other in zip(now, shown, strict=True):

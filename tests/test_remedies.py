@@ -23,7 +23,6 @@ from kerasgrad.remedies import (
     Remedy,
     Run,
     Settings,
-    forget_bias_for,
 )
 
 T = 6
@@ -304,14 +303,6 @@ def test_nothing_to_compare_is_an_empty_table(tmp_path):
 
 
 # The remedies
-
-
-@pytest.mark.parametrize("timesteps", [10, 50, 784])
-def test_forget_bias_keeps_half_of_the_state(timesteps):
-    """σ(b)^T = 1/2 exactly at b = -ln(2^(1/T) - 1); ln(T/ln 2) is its limit."""
-    bias = forget_bias_for(timesteps)
-    assert bias == pytest.approx(-math.log(2 ** (1 / timesteps) - 1), abs=0.4 / timesteps)
-    assert (1 / (1 + math.exp(-bias))) ** timesteps == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("name", REMEDIES)
