@@ -9,12 +9,13 @@ methods of this one model and its optimizer (instance attributes; the classes st
     layer.inner_loop          a call of a kerasgrad layer, whose BPTT will hand over ∂L/∂s_t
     optimizer.apply           the gradients, as the train step's own GradientTape computed them
     optimizer._clip_gradients the gradients, after clipping
-    model.train_function      counts steps, and takes all hooks away when a step fails
+    model.train_function      copies weights around an update, and takes all hooks away when a
+                              step fails
     model.make_train_function takes all hooks away when the next fit begins
 
 The norms are assigned, inside the graph, to variables used as ring buffers (see
 `kerasgrad.ring_buffer`), which the host reads now and then. Nothing is computed twice, and no batch
-waits for the host.
+but an epoch's first waits for the host.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ from kerasgrad.keras_private import (
     variables_built_on,
 )
 from kerasgrad.norms import gradient_norms, read_apart, state_norms
+from kerasgrad.probe import Probe
 from kerasgrad.recorder import NO_LIMITS, Limits, Recorder, file_named
 from kerasgrad.ring_buffer import HeldStateNorms, Row, outside_of_the_trace, same, when
 from kerasgrad.streams import CSVStream, TensorBoardStream
+from kerasgrad.updates import WeightsBefore
 
 _STRATEGIES = (
     type(tf.distribute.get_strategy()),
@@ -62,6 +65,12 @@ class GradientNorms(keras.callbacks.Callback):
     step, before and after clipping, loss scale undone: the L2 norm of each weight's gradient, the
     batch's own loss, and for kerasgrad's recurrent layers the norms of ∂L/∂s_t. See
     `kerasgrad.GradientHistory`.
+
+    Once an epoch also how far an update moves each recorded weight, ‖w' - w‖ and ‖w‖, over the
+    epoch's first call of the train function that updates: `update_norms` and `weight_norms`. That
+    costs one copy of the recorded weights, on their device, while the call runs (and while those
+    before it run that made no update, such as the micro-steps of gradient accumulation). Weights
+    that the first step itself makes are copied for the second.
 
     Each epoch's logs gain `grad_norm` (mean over the epoch's recorded steps of the global norm
     before clipping), `grad_norm_max` (its maximum) and `grad_clip_rate` (share of the updates that
@@ -97,15 +106,25 @@ class GradientNorms(keras.callbacks.Callback):
             before that step. Steps that a LossScaleOptimizer skips do not count. None does nothing.
         stop_above: stop the training when the global norm before clipping is above this, and leave
             the weights as they were before that step.
+        probe: (x, y) or (x, y, sample_weight), one batch as arrays. On it, always the same,
+            `kerasgrad.bptt.state_gradients` of each recurrent layer, kerasgrad's or Keras's, are
+            taken now and then: `probe_state_norms`. The model runs in inference mode and is
+            afterwards as before, so the training stays what it is. It runs eagerly, step by step,
+            for each layer (and each of `optimizers`), which takes as long as some dozen training
+            steps. A probe that fails warns, and the training goes on.
+        probe_every: "epoch", or N to probe after each call of the train function in which a step
+            whose number divides by N was reached.
 
     csv, log_dir, batch_logs, on_nonfinite and stop_above read the record after each call of the
-    train function; otherwise it is read every hundred steps or so. Under MirroredStrategy a
-    training that is stopped has applied its last gradient.
+    train function; otherwise it is read every hundred steps or so. Updates and probes are in the
+    history alone, in neither of the two. Under MirroredStrategy a training that is stopped has
+    applied its last gradient.
 
     Raises:
         ValueError: at the start of `fit`, when the model has no optimizer or no trainable weights,
             its `train_step` is wrapped in tf.function, no weight is selected, `csv` is a file of
-            somebody else's, or the model is trained under a strategy other than MirroredStrategy.
+            somebody else's, the model is trained under a strategy other than MirroredStrategy,
+            or there is a `probe` and the model has no recurrent layer, no loss, or does not take x.
         OSError: at the start of `fit`, when `csv` or `log_dir` cannot be written.
 
     Example:
@@ -134,6 +153,8 @@ class GradientNorms(keras.callbacks.Callback):
         batch_logs: bool = False,
         on_nonfinite: str | None = None,
         stop_above: float | None = None,
+        probe: Sequence[Any] | None = None,
+        probe_every: str | int = "epoch",
     ):
         super().__init__()
         if not isinstance(every, int) or every < 1:
@@ -144,8 +165,13 @@ class GradientNorms(keras.callbacks.Callback):
             )
         if stop_above is not None and not stop_above > 0:
             raise ValueError(f"stop_above must be a positive norm. Received: {stop_above!r}.")
+        if probe is None and probe_every != "epoch":
+            raise ValueError(
+                f"probe_every={probe_every!r} says when to probe, and there is no probe. Pass "
+                "probe=(x, y), too."
+            )
         self._optimizers = optimizers
-        self._batch_logs = batch_logs
+        self._probe = None if probe is None else Probe(probe, probe_every)
         self._recorders = {
             name: Recorder(
                 name,
@@ -155,6 +181,7 @@ class GradientNorms(keras.callbacks.Callback):
                 csv=None if csv is None else CSVStream(file_named(Path(csv), name)),
                 tensorboard=None if log_dir is None else TensorBoardStream(Path(log_dir) / name),
                 batch_logs=batch_logs,
+                probe=self._probe,
             )
             for name in ([""] if optimizers is None else optimizers)
         }
@@ -220,6 +247,8 @@ class GradientNorms(keras.callbacks.Callback):
                 f"GradientNorms found no trainable weights in model {model.name!r}: there is no "
                 "gradient to record. Set `trainable = True` on a layer and compile again."
             )
+        if self._probe is not None:
+            self._probe.check(model)
         for recorder in self._recorders.values():
             if model.built:
                 recorder.check_selection(model.trainable_variables)
@@ -231,7 +260,7 @@ class GradientNorms(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         for recorder in self._recorders.values():
-            recorder.end_epoch()
+            recorder.end_epoch(self.model)
             if logs is not None:
                 logs |= recorder.summary()
 
@@ -312,6 +341,7 @@ class _TrainStepHooks:
         """One call of the train function by `fit`: steps_per_execution steps."""
         if self._traced_for != self.recorders:
             self._make_recording_function()
+        before = WeightsBefore(v for r in self.recorders for v in r.to_copy(self.model))
         try:
             logs = self._recording_function(iterator)
         except (StopIteration, tf.errors.OutOfRangeError):
@@ -320,8 +350,12 @@ class _TrainStepHooks:
             self._remove_all()
             raise
         for recorder in self.recorders:
+            recorder.sample_updates(before)
             recorder.read_if_due()
+        del before
         self._act_on_problems()
+        for recorder in self.recorders:
+            recorder.probe_if_due(self.model)
         shown = [recorder.summary() for recorder in self.recorders if recorder.batch_logs]
         return {key: value for part in (logs, *shown) for key, value in part.items()}
 

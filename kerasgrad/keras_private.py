@@ -37,6 +37,11 @@ def calls_of(optimizer: keras.optimizers.Optimizer) -> int:
     return int(_private(updating_optimizer(optimizer), "_iterations").numpy())
 
 
+def iterations_of(optimizer: keras.optimizers.Optimizer) -> int:
+    """How many updates it has made."""
+    return int(updating_optimizer(optimizer).iterations.numpy())
+
+
 def updating_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """What clips, updates and counts: the optimizer inside of a LossScaleOptimizer, or itself."""
     return getattr(optimizer, "inner_optimizer", optimizer)

@@ -20,7 +20,7 @@ def gradient_norms(gradients: list[tf.Tensor | tf.IndexedSlices]) -> list[tf.Ten
     if not gradients:
         return []
     bases, factors = zip(*map(_factored, gradients), strict=True)
-    quick = tf.stack([tf.cast(_norm(_at_least_float32(base)), tf.float64) for base in bases])
+    quick = tf.stack([tf.cast(_norm(at_least_float32(base)), tf.float64) for base in bases])
     enough = tf.reduce_all((quick > _SMALLEST) & (quick < _LARGEST))
     norms = tf.cond(
         enough,
@@ -31,6 +31,11 @@ def gradient_norms(gradients: list[tf.Tensor | tf.IndexedSlices]) -> list[tf.Ten
         norm if factor is None else norm * factor
         for norm, factor in zip(tf.unstack(norms), factors, strict=True)
     ]
+
+
+def at_least_float32(values: tf.Tensor) -> tf.Tensor:
+    """The same numbers; half precision becomes float32."""
+    return tf.cast(values, tf.float32) if values.dtype.size < 4 else values
 
 
 @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
@@ -58,10 +63,6 @@ def read_apart(tensor: tf.Tensor) -> tf.Tensor:
 
 def _norm(values):
     return tf.sqrt(2 * tf.nn.l2_loss(values))
-
-
-def _at_least_float32(values):
-    return tf.cast(values, tf.float32) if values.dtype.size < 4 else values
 
 
 def _factored(tensor):

@@ -16,9 +16,16 @@ import numpy as np
 import tensorflow as tf
 
 from kerasgrad.history import GradientHistory, global_norm, is_clipped
-from kerasgrad.keras_private import calls_of, skips_non_finite_steps, updating_optimizer
+from kerasgrad.keras_private import (
+    calls_of,
+    iterations_of,
+    skips_non_finite_steps,
+    updating_optimizer,
+)
+from kerasgrad.probe import Probe
 from kerasgrad.ring_buffer import RingBuffer, outside_of_the_trace
 from kerasgrad.streams import CSVStream, TensorBoardStream, rows_before
+from kerasgrad.updates import WeightsBefore
 
 _ROWS = 256  # Steps between two reads of a ring buffer, at most.
 
@@ -89,6 +96,7 @@ class Recorder:
         csv: CSVStream | None,
         tensorboard: TensorBoardStream | None,
         batch_logs: bool,
+        probe: Probe | None,
     ):
         self.history = GradientHistory()
         self.optimizer: keras.optimizers.Optimizer | None = None
@@ -101,14 +109,17 @@ class Recorder:
         self._every = every
         self._csv = csv
         self._tensorboard = tensorboard
+        self._probe = probe
         self._reads_each_call = batch_logs or limits != NO_LIMITS
         self._reads_each_call |= csv is not None or tensorboard is not None
         self._buffers: dict[tuple[str, ...], RingBuffer] = {}
+        self._variables: dict[str, keras.Variable] = {}  # of the buffers' columns
         self._capacity = _ROWS
         # A user may read the history from a thread, or while Keras dispatches callbacks in one.
         self._lock = threading.RLock()
         self._first_row = 0  # of those that this optimizer has made
         self._calls_at_end = 0  # of the optimizer, in the fit before
+        self._has_begun = False
         self.begin_epoch(0)
 
     def check_selection(self, variables: list) -> None:
@@ -136,21 +147,26 @@ class Recorder:
         self._calls = self._rows = 0
         self._calls_to_next_read = 1
         self._is_first_piece = True
-        self._calls_before: int | None = None
+        self._has_begun = False
+        self._steps_per_execution = steps_per_execution
 
     def begin_epoch(self, epoch: int) -> None:
         """What is read from now on is of this epoch."""
         self._epoch = epoch
         # Only now has each callback's on_train_begin been called, BackupAndRestore's too.
-        if self.optimizer is not None and self._calls_before is None:
-            self._calls_before = calls_of(self.optimizer)
+        if self.optimizer is not None and not self._has_begun:
+            self._has_begun = True
+            self._put_back()
+        self._is_to_sample = True
         if self._tensorboard is not None:
             self._tensorboard.begin_epoch()
         self._sum, self._max, self._steps, self._updates, self._clipped = 0.0, 0.0, 0, 0, 0
 
-    def end_epoch(self) -> None:
+    def end_epoch(self, model: keras.Model) -> None:
         """The epoch has no further steps."""
         self.read()
+        if self._probe is not None and self._probe.every == "epoch":
+            self._probe_now(model, iterations_of(self.optimizer))
         if self._tensorboard is not None and len(self.history):
             step = int(self.history.step[-1])
             self._stream("log_dir", lambda: self._tensorboard.end_epoch(step))
@@ -184,6 +200,7 @@ class Recorder:
         """A train function is about to be traced, which needs ring buffers of its own."""
         self.read()
         self._buffers = {}
+        self._variables = {}
 
     def buffer_of(self, variables: list) -> RingBuffer:
         """In the graph: the ring buffer with a column for each of these weights."""
@@ -194,7 +211,60 @@ class Recorder:
             self._buffers[weights] = outside_of_the_trace(
                 lambda: RingBuffer(weights, self._capacity, dtype)
             )
+            self._variables |= zip(weights, variables, strict=True)
         return self._buffers[weights]
+
+    def to_copy(self, model: keras.Model) -> list:
+        """The weights to copy before the next call of the train function; most times none."""
+        if not self._is_to_sample:
+            return []
+        self._step_before = iterations_of(self.optimizer)
+        # What a custom train step updates is known only once it has been traced.
+        return list(self._variables.values()) or list(
+            filter(self.selects, model.trainable_variables)
+        )
+
+    def sample_updates(self, before: WeightsBefore) -> None:
+        """After the call: how far it has moved the weights, if it has and nobody knows it yet."""
+        if not self._is_to_sample:
+            return
+        count = iterations_of(self.optimizer) - self._step_before
+        variables = self._variables.values()
+        if count == 0 or not variables or not before.holds(variables):
+            return  # The next call may do better.
+        self._is_to_sample = False
+        moved, sizes = zip(*map(before.norms_of, variables), strict=True)
+        with self._lock:
+            self.read()
+            self.history.append_updates(
+                step=self._step_before,
+                weights=list(self._variables),
+                update_norms=moved,
+                weight_norms=sizes,
+                update_count=count,
+            )
+
+    def probe_if_due(self, model: keras.Model) -> None:
+        """After a call of the train function: probe where it has passed a step that is due."""
+        if self._probe is None or self._probe.every == "epoch":
+            return
+        self._calls_to_next_look -= 1
+        if self._calls_to_next_look > 0:
+            return
+        step, every = iterations_of(self.optimizer), self._probe.every
+        if step // every > self._step_at_last_look // every:
+            self._probe_now(model, step)
+        # To look makes the host wait for the device: not before the step can have been reached.
+        per_call = max(self._steps_per_execution, step - self._step_at_last_look)
+        self._calls_to_next_look = max(1, (every - step % every) // per_call)
+        self._step_at_last_look = step
+
+    def _probe_now(self, model, step):
+        norms = self._probe.state_norms(model)
+        if norms:
+            with self._lock:
+                self.read()
+                self.history.append_probe(step=step, state_norms=norms)
 
     def read_if_due(self) -> None:
         """Read the buffers in time before they come round."""
@@ -255,20 +325,27 @@ class Recorder:
             if stream is not None:
                 self._stream(argument, lambda stream=stream: stream.write(row))
 
-    def _resume(self, piece):
-        """Make place for the first rows of a fit, where it starts from an earlier step."""
-        first, calls = int(piece["step"][0]), self._calls_before or 0
-        is_put_back = 0 < calls < self._calls_at_end and len(self.history) > self._first_row
+    def _put_back(self):
+        """Take out of the record what a fit will do once more that starts from an earlier step."""
+        calls = calls_of(self.optimizer)
+        self._step_at_last_look, self._calls_to_next_look = iterations_of(self.optimizer), 1
         # A backup may lie between the micro-steps of one update, which have the same number.
-        update, micro_steps = divmod(
+        self._first_step, self._micro_steps = divmod(
             calls, updating_optimizer(self.optimizer).gradient_accumulation_steps or 1
         )
-        micro_steps = micro_steps if update == first else 0
-        if is_put_back:
-            self.history.truncate(rows_before(self.history.step, first, micro_steps))
-        elif first == 0:
+        self._is_put_back = 0 < calls < self._calls_at_end and len(self.history) > self._first_row
+        if self._is_put_back:
+            with self._lock:
+                rows = rows_before(self.history.step, self._first_step, self._micro_steps)
+                self.history.truncate(rows, self._first_step)
+
+    def _resume(self, piece):
+        """Make place for the first rows of a fit, where it starts from an earlier step."""
+        first = int(piece["step"][0])
+        micro_steps = self._micro_steps if first == self._first_step else 0
+        if first == 0 and not self._is_put_back:
             self._first_row = len(self.history)
-        if self._csv is not None and (is_put_back or not self._csv.is_begun):
+        if self._csv is not None and (self._is_put_back or not self._csv.is_begun):
             pieces = self._stream(
                 "csv", lambda: self._csv.begin(piece["weights"], first, micro_steps)
             )

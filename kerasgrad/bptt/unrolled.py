@@ -134,6 +134,7 @@ def unrolled(
             go_backwards=layer.go_backwards,
             zero_output_for_mask=layer.zero_output_for_mask,
             unroll=True,
+            name=layer.name,  # Or each call would count on in Keras's automatic names.
         )
         # A list of masks when the layer is called with an initial state.
         mask = (keras.tree.flatten(mask) or [None])[0]
