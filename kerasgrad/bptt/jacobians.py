@@ -101,7 +101,7 @@ def lyapunov_exponents(
     Q, total = None, 0.0
     for t, J in enumerate(_each(steps)):
         Q = _start(J) if Q is None else Q
-        Q, R = _qr(J @ Q)
+        Q, R = _qr(J, Q)
         if t >= burn_in:
             with np.errstate(divide="ignore"):
                 total += np.log(np.abs(np.diagonal(R, axis1=1, axis2=2)))
@@ -170,7 +170,7 @@ def jacobian_spectrum(
             Q = _start(J)
             N = np.swapaxes(Q, 1, 2)
             d = np.zeros(J.shape[:2])
-        Q, R = _qr(J @ Q)
+        Q, R = _qr(J, Q)
         d, N = _times(R, d, N)
         if t in steps:
             kept[t] = _log_singular_values(d, N)
@@ -211,11 +211,12 @@ def _flat(states):
     return tf.concat([tf.reshape(s, [s.shape[0], -1]) for s in states], axis=1)
 
 
-def _qr(A):
-    """Q and R of A = Q R, with rows of R that are nothing but the rounding of A as zeros."""
-    Q, R = np.linalg.qr(A)
-    size, rows = np.linalg.norm(R, axis=(1, 2)), np.linalg.norm(R, axis=2)
-    rounding = np.finfo(A.dtype).eps * A.shape[-1] * size
+def _qr(J, Q):
+    """Q' and R of J Q = Q' R, with rows of R that are nothing but rounding as zeros."""
+    # TensorFlow's, since NumPy's threads get in each other's way with many small matrices.
+    Q, R = (np.asarray(factor) for factor in tf.linalg.qr(tf.matmul(J, Q)))
+    rows = np.linalg.norm(R, axis=2)
+    rounding = np.finfo(R.dtype).eps * R.shape[-1] * np.linalg.norm(rows, axis=1)
     return Q, np.where((rows < rounding[:, np.newaxis])[..., np.newaxis], 0, R)
 
 
@@ -230,7 +231,7 @@ def _times(R, d, N):
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(np.abs(R)) + d[:, np.newaxis, :]
         largest = logs.max(axis=2)
-        N = (np.sign(R) * np.exp(logs - largest[..., np.newaxis])) @ N
+        N = np.asarray(tf.matmul(np.sign(R) * np.exp(logs - largest[..., np.newaxis]), N))
     return _with_rows_of_length_1(largest, N)
 
 
