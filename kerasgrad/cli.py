@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kerasgrad.diagnosis import diagnose
+from kerasgrad.diagnosis import PRESETS, diagnose
 from kerasgrad.history import GradientHistory
 from kerasgrad.remedies import DEFAULT_REMEDIES, REMEDIES, Comparison, Settings, iterate_runs
 from kerasgrad.tasks import TASKS, make_task
@@ -69,15 +69,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     record.set_defaults(command=_diagnose)
     record.add_argument("record", type=Path, help="a .npz file of GradientHistory.save")
+    record.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="kerasgrad",
+        help="whose thresholds: kerasgrad's, Amazon SageMaker Debugger's, AutoTrainer's "
+        "(default: kerasgrad)",
+    )
     return parser
 
 
 def _diagnose(options: argparse.Namespace) -> int:
-    findings = diagnose(GradientHistory.load(options.record))
-    for finding in findings:
-        print(finding, f"    try: {finding.advice}", sep="\n")
-    if not findings:
-        print("nothing found")
+    print(diagnose(GradientHistory.load(options.record), preset=options.preset))
     return 0
 
 

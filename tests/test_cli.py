@@ -311,22 +311,49 @@ def test_a_real_interrupt(tmp_path):
     assert not np.isfinite(GradientHistory.load(tmp_path / "out" / "baseline.npz").loss[-1])
 
 
+def saved(tmp_path, history):
+    history.save(tmp_path / "run.npz")
+    return str(tmp_path / "run.npz")
+
+
 def test_diagnose_prints_what_the_record_shows(tmp_path, capsys):
     history = GradientHistory()
-    history.append(weights=["w"], step=[0, 1], norms=[[2.0], [np.nan]])
-    history.save(tmp_path / "run.npz")
-    assert main(["diagnose", str(tmp_path / "run.npz")]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("non finite, step 1 (w): NaN, after a largest global norm of 2")
-    assert "try: model.compile(" in printed
+    history.append(weights=["w"], step=[0, 1, 2, 3], norms=[[1.0], [1.0], [1e9], [np.nan]])
+    assert main(["diagnose", saved(tmp_path, history)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("non finite, step 3 (w): NaN, after a largest global norm of 1e+09")
+    assert lines[1] == "    threshold: NaN and Inf are no numbers; try:"
+    assert "        optimizer.global_clipnorm = 1" in lines
+    assert lines[-1] == "not looked for (needs model=): clipping never"
 
 
 def test_diagnose_of_a_healthy_record(tmp_path, capsys):
     history = GradientHistory()
     history.append(weights=["w"], step=np.arange(50), norms=np.ones((50, 1)))
-    history.save(tmp_path / "run.npz")
-    assert main(["diagnose", str(tmp_path / "run.npz")]) == 0
-    assert capsys.readouterr().out == "nothing found\n"
+    assert main(["diagnose", saved(tmp_path, history)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "nothing found"
+    assert lines[1].startswith("looked for: non finite, exploding, ")
+
+
+def test_diagnose_by_the_thresholds_of_others(tmp_path, capsys):
+    history = GradientHistory()
+    weights = ["a/kernel", "b/kernel", "c/kernel"]
+    history.append(weights=weights, step=np.arange(50), norms=np.tile([1e-8, 1.0, 1.0], (50, 1)))
+    path = saved(tmp_path, history)
+    for preset, source in {
+        "kerasgrad": "there against the last kernel",
+        "smdebug": "Amazon SageMaker Debugger, VanishingGradient",
+        "autotrainer": "AutoTrainer (Zhang, Zhai, Ma and Shen, ICSE 2021): β1 = 1e-3, and β2",
+    }.items():
+        assert main(["diagnose", path, "--preset", preset]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith("vanishing through depth, step 0 (a/kernel): ")
+        assert source in printed
+    with pytest.raises(SystemExit) as stop:
+        main(["diagnose", path, "--preset", "mine"])
+    assert stop.value.code == 2
+    assert "invalid choice: 'mine'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", [0, 10, -30], ids=["empty", "start", "truncated"])
