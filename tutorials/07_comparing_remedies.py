@@ -86,7 +86,7 @@ for column, value in by_hand.items():
 
 # %%
 def draw(result):
-    left, right = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")[1]
+    left, right = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")[1]
     records = {run.remedy: run.history for run in result.runs}
     kg.plots.plot_compared_losses(records, result.task.constant_loss, left)
     kg.plots.plot_compared_state_norms(records, right)
