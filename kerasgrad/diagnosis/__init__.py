@@ -55,17 +55,17 @@ def diagnose(
     - exploding: global_norm[i] > 100 · the geometric mean of global_norm[:i], from i = 10 on
     - loss_spikes: a loss that stands out from the 50 before it
     - vanishing_through_time: median ‖∂L/∂s_1‖/‖∂L/∂s_T‖ < 1e-3, of a layer with state norms
-    - vanishing_through_depth: the first kernel's gradient norm < 1e-3 of the last one's
-      (AutoTrainer)
+    - vanishing_through_depth: the first kernel's gradient norm < 1e-3 of the global norm, from
+      three layers on (AutoTrainer's 1e-3, there of the last kernel's)
     - unchanged_weights: weights that no sampled update moved
     - updates_too_large, updates_too_small: ‖Δw‖/‖w‖ of all weights, far from 1e-3 (Karpathy)
-    - clipping_always: more than 90 % of the updates were clipped
+    - clipping_always: more than 90 % of the updates were clipped, in the median to less than 0.1
     - clip_threshold_far: below half of the median norm, or above ten times (Pascanu et al. 2013)
 
     With `model`, also whether clipping never acts; with `model` and `x`, what the units do:
 
     - clipping_never: a threshold above ten times the median norm, which clipped nothing
-    - dead_relu_units: more than half of a layer's ReLUs are 0 for every example, at every step
+    - dead_relu_units: more than 3/4 of a layer's ReLUs are 0 for every example, at every step
     - saturated_activations: more than half of a layer's units are flat almost everywhere
     - forget_bias_too_low: no unit of a gated layer remembers for a tenth of the sequence
 
