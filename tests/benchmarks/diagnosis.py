@@ -38,7 +38,7 @@ from kerasgrad.diagnosis import KINDS, PRESETS, Case, look
 from kerasgrad.inspection import measure
 from kerasgrad.memory import forget_bias_for_horizon
 
-SEEDS = 6
+SEEDS = 2
 BATCHES = 40  # an epoch
 EPOCHS = 5
 EXAMPLES = 128  # that the model is measured on
@@ -427,7 +427,7 @@ def mlp_clipped_at_each_step(rng):
 @scenario(recurrent, "clip_threshold_far", "loss_spikes exploding")
 def rnn_clipped_only_at_outliers(rng):
     x, y = mean_of_sequence(rng)
-    y[rng.choice(len(y), 4, replace=False)] += 300
+    y[rng.choice(len(y), 4, replace=False)] += 1000
     optimizer = SGD(0.002, global_clipnorm=100.0)
     return training((x, y), [layers.SimpleRNN(12)], optimizer)
 
@@ -936,6 +936,19 @@ def tables(rows: list[dict]) -> tuple[list[Table], dict[str, Any]]:
     return [faults, whole], numbers
 
 
+def without_nan(value: Any) -> Any:
+    """The same for JSON, which has no NaN and no Inf: null."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def use_one_core() -> None:
+    """Two processes with one core each are faster than with two each."""
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two scenarios, to see that it runs")
@@ -949,7 +962,7 @@ def main() -> None:
     jobs = [(s.name, seed) for seed in seeds for s in chosen]
     console = Console(width=None if sys.stdout.isatty() else 160)
     start = perf_counter()
-    with ProcessPoolExecutor(2 if len(jobs) > 4 else 1) as pool:
+    with ProcessPoolExecutor(2 if len(jobs) > 4 else 1, initializer=use_one_core) as pool:
         rows = []
         for row in pool.map(run, jobs):
             rows.append(row)
@@ -969,8 +982,10 @@ def main() -> None:
             printed, report[name] = tables(of_half)
             console.print(*printed)
     if not options.quick and not words:
+        summary = json.dumps(report, indent=1).removesuffix("\n}")
+        trainings = ",\n  ".join(json.dumps(without_nan(row)) for row in rows)  # A line each.
         path = Path(__file__).with_suffix(".json")
-        path.write_text(json.dumps(report | {"trainings": rows}, indent=1) + "\n")
+        path.write_text(f'{summary},\n "trainings": [\n  {trainings}\n ]\n}}\n')
 
 
 if __name__ == "__main__":
