@@ -671,3 +671,25 @@ def test_irnn_takes_other_initializers_and_keeps_them():
     np.testing.assert_allclose(copied.cell.recurrent_kernel, np.full((3, 3), 0.01), rtol=1e-6)
     assert copied.activation is keras.activations.tanh
     assert copied.cell.kernel_initializer.stddev == 0.001
+
+
+class NotBuilt(keras.Model):
+    """A model whose layers learn their sizes in the train step's graph."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.parts = [SimpleRNN(units), keras.layers.Dense(1)]
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def test_layers_of_several_sizes_in_models_that_are_not_built():
+    x, y = np.ones((4, 5, 2), "float32"), np.ones((4, 1), "float32")
+    for units in (4, 3, 5):
+        model = NotBuilt(units)
+        model.compile("sgd", "mse")
+        model.fit(x, y, verbose=0)
+        assert model.parts[1].kernel.shape == (units, 1)

@@ -79,6 +79,8 @@ def simple_recurrence(
     @tf.custom_gradient
     def recurrence(z, s_0, W):
         s = _simple_states(*_constants(z, s_0, W, mask, recurrent_dropout_mask), activation)
+        # One trace serves layers of different sizes, and does not know this one's.
+        s.set_shape(z.shape)
 
         def gradient(g):
             λ, dz, ds_0, dW = _differentiable_once(
