@@ -53,6 +53,18 @@ def test_gates_are_those_of_the_papers(kind, arguments):
         np.testing.assert_allclose(gate, expected[name], rtol=1e-10)
 
 
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU, kg.layers.SimplifiedLSTM])
+def test_gates_in_mixed_precision(kind):
+    arguments = {"project_input": True} if kind is kg.layers.SimplifiedLSTM else {}
+    mixed = built(kind(3, dtype="mixed_float16", **arguments))
+    plain = built(kind(3, **arguments))
+    for name, gate in bptt.gates(plain, X).items():
+        np.testing.assert_allclose(bptt.gates(mixed, X)[name], gate, atol=0.01)
+        np.testing.assert_allclose(
+            bptt.saturation(mixed, X)[name], bptt.saturation(plain, X)[name], atol=0.1
+        )
+
+
 def test_gates_make_the_states_that_the_layer_makes():
     """c_t = f c_{t-1} + i g and h_t = o tanh(c_t) name the gates: no two can be exchanged."""
     layer = built(layers.LSTM(3, dtype="float64"))

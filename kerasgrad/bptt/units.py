@@ -240,19 +240,25 @@ def _gate_values(cell, x, states):
         }
     if isinstance(cell, keras.layers.LSTMCell):
         # Keras keeps the gates' weights side by side: input, forget, candidate, output.
-        a = x @ cell.kernel + states[0] @ cell.recurrent_kernel
+        a = _products(cell, x, states[0])
         if cell.use_bias:
             a += cell.bias
         i, f, _, o = tf.split(cell.recurrent_activation(a), 4, axis=-1)
         return {"forget": f, "input": i, "output": o}
     if isinstance(cell, keras.layers.GRUCell):
         # Update, reset, candidate. With reset_after there is a second bias, for h.
-        a = x @ cell.kernel + states[0] @ cell.recurrent_kernel
+        a = _products(cell, x, states[0])
         if cell.use_bias:
             a += tf.reduce_sum(tf.reshape(cell.bias, [-1, 3 * cell.units]), axis=0)
         z, r, _ = tf.split(cell.recurrent_activation(a), 3, axis=-1)
         return {"update": z, "reset": r}
     return {}
+
+
+def _products(cell, x, h):
+    # In mixed precision the weights are more precise than what they multiply.
+    dtype = cell.kernel.dtype
+    return tf.cast(x, dtype) @ cell.kernel + tf.cast(h, dtype) @ cell.recurrent_kernel
 
 
 def _gate_activation(cell):
