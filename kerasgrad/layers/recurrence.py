@@ -262,20 +262,24 @@ def _back_propagate(g, return_sequences, s, mask, activation, step, with_λ, gat
     _, batch, units = s.shape
     derivative = _DERIVATIVE_AT_OUTPUT[activation]
 
-    def body(t, from_later, kept, *λ):
+    # s_t goes from one round of the loop to the next: taken out of s again, it would be, by XLA,
+    # for every single number that is computed from it.
+    def body(t, s_t, from_later, kept, *λ):
         λ_t = g[:, t] + from_later if return_sequences else from_later
-        δ_t = derivative(tf.gather(s, t + 1)) * λ_t
+        δ_t = derivative(s_t) * λ_t
         if mask is not None:
             δ_t = tf.where(mask[:, t, tf.newaxis], δ_t, tf.zeros_like(δ_t))
-        to_earlier, kept_t = step(t, tf.gather(s, t), δ_t)
+        s_before = tf.gather(s, t)
+        to_earlier, kept_t = step(t, s_before, δ_t)
         if mask is not None:
             to_earlier = tf.where(mask[:, t, tf.newaxis], to_earlier, λ_t)
-        return t - 1, to_earlier, kept.write(t, kept_t), *(array.write(t, λ_t) for array in λ)
+        λ = [array.write(t, λ_t) for array in λ]
+        return t - 1, s_before, to_earlier, kept.write(t, kept_t), *λ
 
     last = tf.zeros_like(s[0]) if return_sequences else g
     kept = tf.TensorArray(s.dtype, T, element_shape=[batch, *gates, units])
     λ = [tf.TensorArray(s.dtype, T, element_shape=[batch, units])] if with_λ else []
-    _, ds_0, *arrays = tf.while_loop(lambda t, *_: t >= 0, body, (T - 1, last, kept, *λ))
+    _, _, ds_0, *arrays = tf.while_loop(lambda t, *_: t >= 0, body, (T - 1, s[T], last, kept, *λ))
     kept, *λ = (array.stack() for array in arrays)
     return kept, ds_0, *λ
 
