@@ -1,0 +1,52 @@
+"""Each benchmark runs in its short form, prints its table, and leaves the kept figures alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+def run(name, *options):
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / f"{name}.py", "--quick", *options],
+        capture_output=True,
+        text=True,
+        check=True,
+        # The benchmarks import kerasgrad from where the tests do.
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    ).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "printed"),
+    [
+        ("callback", [], ["recompute each batch"]),
+        ("layers", ["--only", "simple_rnn", "recurrences"], ["times faster", "times the roofline"]),
+        ("layers", ["--only", "first_step", "import"], ["traces after", "import kerasgrad, s"]),
+        ("memory", [], ["kerasgrad SimplifiedLSTM, tanh", "every step"]),
+        ("through_time", [], ["lyapunov_exponents", "exponent"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_quick_form_prints_its_table_and_keeps_the_figures(name, options, printed):
+    if name == "memory" and not sys.platform.startswith("linux"):
+        pytest.skip("peak memory is read from Linux's /proc")
+    kept = (BENCHMARKS / f"{name}.json").read_bytes()
+    output = " ".join(run(name, *options).split())
+    for words in printed:
+        assert words in output
+    assert (BENCHMARKS / f"{name}.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize("name", ["callback", "layers", "memory", "through_time"])
+def test_kept_figures_say_what_they_were_measured_on(name):
+    report = json.loads((BENCHMARKS / f"{name}.json").read_text())
+    for part in report.values() if name == "layers" else [report]:
+        assert {"python", "tensorflow", "keras", "cores"} <= set(part)
