@@ -185,7 +185,7 @@ def plot_compared_losses(
     # One training that explodes would flatten all others: its line leaves through the upper edge.
     if ax.dataLim.y1 > 1e3 * constant_loss:
         ax.set_ylim(top=1e3 * constant_loss)
-    legend(ax, loc="upper right", title="×: NaN or Inf, ▼: 0")
+    legend(ax, title="×: NaN or Inf, ▼: 0", title_fontsize="small")
     return ax
 
 
@@ -196,7 +196,8 @@ def plot_compared_norms(histories: Mapping[str, GradientHistory]) -> np.ndarray:
         histories: {name: record}.
 
     Returns:
-        An array of axes, one a training, titled by its name.
+        An array of axes, one a training, titled by its name. The scales are written at the left of
+        each row and below each column.
 
     Example:
 
@@ -222,6 +223,10 @@ def plot_compared_norms(histories: Mapping[str, GradientHistory]) -> np.ndarray:
         ax.label_outer()
     for ax in axes[len(histories) :]:
         ax.remove()
+    # Above a place left over, too.
+    for ax in axes[max(0, len(histories) - columns) : len(histories)]:
+        ax.set_xlabel("optimizer step")
+        ax.xaxis.set_tick_params(labelbottom=True)
     return axes[: len(histories)]
 
 
