@@ -406,6 +406,9 @@ def test_compared_losses():
         means = [history.loss[:25].mean(), history.loss[25:50].mean()]
         assert_line(drawn[name], [1024, 1049], means)
     assert drawn["one"].get_color() != drawn["two"].get_color()
+    ax.figure.canvas.draw()
+    beside = ax.get_legend().get_window_extent()
+    assert ax.get_window_extent().x1 <= beside.x0 < beside.x1 <= ax.figure.bbox.x1
 
 
 def test_one_explosion_does_not_flatten_the_other_losses():

@@ -165,7 +165,8 @@ def plot_compared_losses(
         ax: axes to draw into; new ones by default.
 
     Returns:
-        The axes, with one line a training, the mean of each 25 steps.
+        The axes, with one line a training, the mean of each 25 steps. The legend is to the right
+        of the axes, where it covers no line.
 
     Example:
 
@@ -176,7 +177,7 @@ def plot_compared_losses(
     >>> [line.get_label() for line in ax.lines]
     ['baseline', 'constant answer, 0.25']
     """
-    ax = ax or new_axes(figsize=(8, 5))
+    ax = ax or new_axes(figsize=(10, 5))
     for style, (name, history) in zip(styles(), histories.items(), strict=False):
         plot_loss(history, ax, label=name, average=25, **style)
     ax.axhline(
@@ -185,7 +186,8 @@ def plot_compared_losses(
     # One training that explodes would flatten all others: its line leaves through the upper edge.
     if ax.dataLim.y1 > 1e3 * constant_loss:
         ax.set_ylim(top=1e3 * constant_loss)
-    legend(ax, title="×: NaN or Inf, ▼: 0", title_fontsize="small")
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    legend(ax, title="×: NaN or Inf, ▼: 0", title_fontsize="small", **beside)
     return ax
 
 
