@@ -16,7 +16,7 @@
 # $\operatorname{diag}(\tanh')\, W$, and the product vanishes or explodes (tutorial 2). The LSTM
 # (Hochreiter and Schmidhuber 1997; with a forget gate: Gers, Schmidhuber and Cummins 2000) has
 # numbers between 0 and 1 in its place, which the network sets itself. What do they do to the
-# gradient, and when does that help? Run time: half a minute on two cores.
+# gradient, and when does that help? Run time: one minute on two cores.
 
 # %%
 import os
