@@ -361,6 +361,22 @@ def test_state_norms_of_the_probe_where_the_layer_has_no_other():
     assert ax.get_ylabel().endswith("\nmedian of the last 3 probes")
 
 
+def test_the_label_of_state_norms_holds_for_each_line():
+    probed = record(state_norms={})
+    for step in (1000, 1010, 1020):
+        probed.append_probe(step=step, state_norms={"lstm:c": np.ones(T)})
+    ax = plots.plot_state_norms(record())
+    for history, moments in (
+        (probed, "60 optimizer steps or 3 probes"),
+        (record(n=21), "21 to 60 optimizer steps or 3 probes"),
+        (record(n=40), "21 to 60 optimizer steps or 3 probes"),
+    ):
+        plots.plot_state_norms(history, ax)
+        assert ax.get_ylabel() == (
+            f"‖∂L/∂s_t‖₂, mean over the batch,\nmedian of the last {moments}"
+        )
+
+
 @pytest.mark.parametrize(
     ("layers", "layer", "received"),
     [
@@ -390,6 +406,9 @@ def test_compared_losses():
         means = [history.loss[:25].mean(), history.loss[25:50].mean()]
         assert_line(drawn[name], [1024, 1049], means)
     assert drawn["one"].get_color() != drawn["two"].get_color()
+    ax.figure.canvas.draw()
+    beside = ax.get_legend().get_window_extent()
+    assert ax.get_window_extent().x1 <= beside.x0 < beside.x1 <= ax.figure.bbox.x1
 
 
 def test_one_explosion_does_not_flatten_the_other_losses():
@@ -406,6 +425,11 @@ def test_compared_norms_are_one_axes_each_on_common_scales(count):
     (figure,) = {ax.figure for ax in axes}
     assert figure.axes == list(axes)  # Places left over in the grid are no empty axes.
     assert len({(ax.get_xlim(), ax.get_ylim()) for ax in axes}) == 1
+    figure.canvas.draw()
+    # The steps are written below each column, be its last row another's or not.
+    lowest = [i + 3 >= count for i in range(count)]
+    assert [bool(ax.get_xlabel()) for ax in axes] == lowest
+    assert [any(t.get_visible() for t in ax.get_xticklabels()) for ax in axes] == lowest
     for ax, history in zip(axes, histories.values(), strict=True):
         assert_line(lines(ax)["before clipping"], history.step, history.global_norm)
         assert ax.get_yscale() == "log"

@@ -18,7 +18,7 @@
 #
 # This tutorial computes one such gradient four times: by hand with single numbers, in NumPy, with
 # TensorFlow's GradientTape, and with a Keras layer. The four must agree to 12 digits. Then it sorts
-# the gradient by the number of steps that it travelled. Run time: 20 seconds on two cores.
+# the gradient by the number of steps that it travelled. Run time: 10 seconds on two cores.
 
 # %%
 import os

@@ -15,7 +15,7 @@
 # Where gradients explode, one step of the optimizer can throw away all that was learned. The cure
 # is old and short: if a gradient is longer than a threshold, make it shorter. This tutorial looks
 # at the place where it happens, lets the three clippings of Keras walk there, chooses a threshold
-# from recorded norms, and ends with what no threshold can do. Run time: one minute on two cores.
+# from recorded norms, and ends with what no threshold can do. Run time: 40 seconds on two cores.
 
 # %%
 import os

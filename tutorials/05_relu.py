@@ -16,7 +16,7 @@
 # article, "it can explode, which a threshold prevents; and for negative input the units can die".
 # Each of the three is half of the truth. This tutorial measures the other halves: the recurrent
 # weights decide whether the gradient vanishes, a unit that is off is not dead, and the threshold
-# belongs on the gradient. Run time: one minute on two cores.
+# belongs on the gradient. Run time: half a minute on two cores.
 
 # %%
 import os

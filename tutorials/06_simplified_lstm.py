@@ -16,7 +16,7 @@
 # $\operatorname{diag}(\tanh')\, W$, and the product vanishes or explodes (tutorial 2). The LSTM
 # (Hochreiter and Schmidhuber 1997; with a forget gate: Gers, Schmidhuber and Cummins 2000) has
 # numbers between 0 and 1 in its place, which the network sets itself. What do they do to the
-# gradient, and when does that help? Run time: half a minute on two cores.
+# gradient, and when does that help? Run time: one minute on two cores.
 
 # %%
 import os
@@ -237,19 +237,19 @@ remedies = {"b = 0": remedy(0), "b = 1": remedy(1), "b = 4.97": long, "b = 4.97,
 if QUICK:
     del remedies["b = 1"], remedies["b = 4.97, tanh"]
 task = kg.tasks.adding_problem(samples=320 if QUICK else 2000, timesteps=100)
-result = kg.compare(task, remedies, units=32, steps=10 if QUICK else 600, verbose=0)
+result = kg.compare(task, remedies, units=32, steps=10 if QUICK else 900, verbose=0)
 for run in result.runs:
     print(f"{run.remedy:15s} reach {run.reach:.0e}, held-out mse {run.final_loss:.4f}")
 runs = {run.remedy: run for run in result.runs}
 assert runs["b = 0"].reach < 1e-9 and runs["b = 4.97"].reach > 0.4
 if not QUICK:
-    assert [name for name, run in runs.items() if run.final_loss < 0.16] == ["b = 4.97"]
+    assert [name for name, run in runs.items() if run.final_loss < 0.1] == ["b = 4.97"]
     assert runs["b = 4.97"].final_loss < 0.05
 kg.plots.plot_compared_state_norms({name: run.history for name, run in runs.items()})
 plt.show()
 
 # %% [markdown]
-# In this one run, the long horizon without tanh ends below .05, the others not below .16.
+# In this one run, the long horizon without tanh ends below .05, the others not below .1.
 #
 # **Question.** At $b = 1$, Keras's default, how many steps does a half last?
 #

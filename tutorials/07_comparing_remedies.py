@@ -86,7 +86,8 @@ for column, value in by_hand.items():
 
 # %%
 def draw(result):
-    left, right = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")[1]
+    axes = plt.subplots(1, 2, figsize=(12, 3.8), width_ratios=[3, 2], layout="constrained")[1]
+    left, right = axes
     records = {run.remedy: run.history for run in result.runs}
     kg.plots.plot_compared_losses(records, result.task.constant_loss, left)
     kg.plots.plot_compared_state_norms(records, right)
@@ -94,8 +95,8 @@ def draw(result):
 
 
 draw(adding)
-three = [run for run in adding.runs if run.remedy in names[1::2]]
-kg.plots.plot_compared_norms({run.remedy: run.history for run in three})
+two = [run for run in adding.runs if run.remedy in ("clipnorm", "simplified_lstm")]
+kg.plots.plot_compared_norms({run.remedy: run.history for run in two})
 plt.show()
 first = adding.runs[0].history  # The baseline's: what diagnose finds in it, and at which steps.
 kg.plots.plot_diagnosis(first, kg.diagnose(first))
@@ -105,7 +106,7 @@ plt.show()
 # What the table says (each statement is asserted below):
 #
 # 1. The baseline **explodes**: its loss is Inf. `clipnorm` mends that.
-# 2. The clipped network learns nothing: its loss is not below .9 of a constant answer's. Clipping
+# 2. The clipped network learns nothing: its loss is not below .8 of a constant answer's. Clipping
 #    makes a gradient shorter; it cannot bring one back that has **vanished**.
 # 3. ReLU does not mend the vanishing: its reach is below $10^{-6}$. Started from the identity
 #    (IRNN), it does not learn either.
@@ -125,7 +126,7 @@ for name, ratio in ratios.items():
     print(f"{name:16s} loss {ratio:.3g} times a constant answer's")
 if not QUICK:
     assert np.isinf(ratios["baseline"]) and np.isfinite(ratios["clipnorm"])
-    assert [name for name, ratio in ratios.items() if ratio < 0.9] == ["simplified_lstm"]
+    assert [name for name, ratio in ratios.items() if ratio < 0.8] == ["simplified_lstm"]
     assert max(rows[name]["reach"] for name in ("relu", "relu_clipnorm")) < 1e-6
     row = rows["simplified_lstm"]
     assert row["reach"] > 0.5 and row["test_loss"] < 0.05
@@ -230,9 +231,9 @@ for name, remedy in (known | own).items():
 assert moved["simplified_lstm"] < 0.5 < moved["short_memory"] and moved["clipnorm"] > 1
 
 # %%
-(run,) = kg.compare(task, own, **settings).runs
-print(f"short_memory: reach {run.reach:.0e}, {run.test_accuracies[-1]:.1%} right")
 if not QUICK:
+    (run,) = kg.compare(task, own, **settings).runs
+    print(f"short_memory: reach {run.reach:.0e}, {run.test_accuracies[-1]:.1%} right")
     assert run.reach < 1e-3 and row["test_accuracy"] + 0.05 < run.test_accuracies[-1] < 0.5
 
 # %% [markdown]

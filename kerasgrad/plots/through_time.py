@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -64,7 +65,8 @@ def plot_state_norms(
 
     Returns:
         The axes. A time step whose median is 0, NaN or Inf has no place on a log scale and leaves
-        a gap, which the legend counts.
+        a gap, which the legend counts. The label of y says of how many steps or probes the lines
+        are the median, those that were there before included.
 
     Raises:
         ValueError: when there is no state norm to draw, or several layers and none named.
@@ -89,10 +91,10 @@ def plot_state_norms(
     draw_line(ax, t, on_log_scale(median), label=(label or name) + note, **{"lw": 1.4} | style)
     log_scale(ax)
     time_axis(ax)
-    moments = "probes" if of_probe else "optimizer steps"
-    ax.set_ylabel(
-        f"‖∂L/∂s_t‖₂, mean over the batch,\nmedian of the last {min(last, len(norms))} {moments}"
+    moments = _moments(
+        min(last, len(norms)), "probes" if of_probe else "optimizer steps", ax.get_ylabel()
     )
+    ax.set_ylabel(f"‖∂L/∂s_t‖₂, mean over the batch,\nmedian of the last {moments}")
     legend(ax)
     return ax
 
@@ -479,6 +481,19 @@ def _recorded_state_norms(history, layer):
     steps = history.probe_step if of_probe else history.step
     norms = probed[name] if of_probe else recorded[name]
     return name, steps, np.asarray(norms, np.float64), of_probe
+
+
+def _moments(count, what, label):
+    """How many of what the median is of; where the label names others already, those too."""
+    counts = {}
+    for low, high, known in re.findall(r"(\d+)(?: to (\d+))? (optimizer steps|probes)", label):
+        counts[known] = int(low), int(high or low)
+    low, high = counts.get(what, (count, count))
+    counts[what] = min(low, count), max(high, count)
+    return " or ".join(
+        f"{low} to {high} {what}" if low < high else f"{low} {what}"
+        for what, (low, high) in counts.items()
+    )
 
 
 def _norms(array):

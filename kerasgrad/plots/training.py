@@ -165,7 +165,8 @@ def plot_compared_losses(
         ax: axes to draw into; new ones by default.
 
     Returns:
-        The axes, with one line a training, the mean of each 25 steps.
+        The axes, with one line a training, the mean of each 25 steps. The legend is to the right
+        of the axes, where it covers no line.
 
     Example:
 
@@ -176,7 +177,7 @@ def plot_compared_losses(
     >>> [line.get_label() for line in ax.lines]
     ['baseline', 'constant answer, 0.25']
     """
-    ax = ax or new_axes(figsize=(8, 5))
+    ax = ax or new_axes(figsize=(10, 5))
     for style, (name, history) in zip(styles(), histories.items(), strict=False):
         plot_loss(history, ax, label=name, average=25, **style)
     ax.axhline(
@@ -185,7 +186,8 @@ def plot_compared_losses(
     # One training that explodes would flatten all others: its line leaves through the upper edge.
     if ax.dataLim.y1 > 1e3 * constant_loss:
         ax.set_ylim(top=1e3 * constant_loss)
-    legend(ax, loc="upper right", title="×: NaN or Inf, ▼: 0")
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    legend(ax, title="×: NaN or Inf, ▼: 0", title_fontsize="small", **beside)
     return ax
 
 
@@ -196,7 +198,8 @@ def plot_compared_norms(histories: Mapping[str, GradientHistory]) -> np.ndarray:
         histories: {name: record}.
 
     Returns:
-        An array of axes, one a training, titled by its name.
+        An array of axes, one a training, titled by its name. The scales are written at the left of
+        each row and below each column.
 
     Example:
 
@@ -222,6 +225,10 @@ def plot_compared_norms(histories: Mapping[str, GradientHistory]) -> np.ndarray:
         ax.label_outer()
     for ax in axes[len(histories) :]:
         ax.remove()
+    # Above a place left over, too.
+    for ax in axes[max(0, len(histories) - columns) : len(histories)]:
+        ax.set_xlabel("optimizer step")
+        ax.xaxis.set_tick_params(labelbottom=True)
     return axes[: len(histories)]
 
 
