@@ -154,13 +154,13 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _show(comparison: Comparison, folder: Path) -> None:
+    comparison.save(folder)  # First, as whoever reads what is printed may stop reading.
     console = Console()
     console.print(comparison.table())
     if len(comparison.runs) == len(comparison.summary()):
         for row in comparison.rows():
             for finding in row["findings"]:
                 console.print(f"{row['remedy']}: {finding}", highlight=False)
-    comparison.save(folder)
     print(f"Records and figures: {folder}")
 
 

@@ -180,8 +180,10 @@ class OmegaSimpleRNN(SimpleRNN):
 
             return tf.identity(W), gradient
 
+        # A custom gradient refuses variables, which Keras's convert_to_tensor may leave as they are.
+        W = with_omega(tf.convert_to_tensor(ops.convert_to_tensor(variable)))
         # Keras's __setattr__ would take a tensor for a weight that is replaced.
-        object.__setattr__(cell, "recurrent_kernel", with_omega(ops.convert_to_tensor(variable)))
+        object.__setattr__(cell, "recurrent_kernel", W)
         object.__setattr__(self, "on_state_gradients", take)
         self.return_sequences = True
         try:

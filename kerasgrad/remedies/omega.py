@@ -31,7 +31,7 @@ class _PerturbedCell(keras.layers.SimpleRNNCell):
 
 
 class PerturbedSimpleRNN(keras.layers.RNN):
-    """A simple recurrent layer in Keras's own loop, which `OmegaSequential` can differentiate twice.
+    """A simple recurrent layer in Keras's own loop, for `OmegaSequential` to differentiate twice.
 
         s_t = Φ(U x_t + W s_{t-1} + b)
 

@@ -169,12 +169,12 @@ def _settings(comparison):
 def _runs(comparison):
     headers = ["remedy", "seed", "learning rate", "validation loss", "test loss", "solved at step"]
     headers += ["steps", "reach", "clipped", "what went wrong"]
+    searched = bool(comparison.learning_rates)
     rows = [
         [
             row["remedy"],
             str(row["seed"]),
-            f"{row['learning_rate']:g}"
-            + " (chosen)" * bool(comparison.learning_rates and row["chosen"]),
+            f"{row['learning_rate']:g}" + (" (chosen)" if searched and row["chosen"] else ""),
             "–" if row["validation_loss"] is None else f"{row['validation_loss']:.4g}",
             f"{row['test_loss']:.4g}",
             str(row["solved_at_step"]) if row["solved"] else "no",
