@@ -180,7 +180,7 @@ class OmegaSimpleRNN(SimpleRNN):
 
             return tf.identity(W), gradient
 
-        # A custom gradient refuses variables, which Keras's convert_to_tensor may leave as they are.
+        # A custom gradient refuses variables, and Keras may leave one as it is.
         W = with_omega(tf.convert_to_tensor(ops.convert_to_tensor(variable)))
         # Keras's __setattr__ would take a tensor for a weight that is replaced.
         object.__setattr__(cell, "recurrent_kernel", W)

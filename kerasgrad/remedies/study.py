@@ -94,12 +94,12 @@ class Study:
         left = [planned for planned in self.plan if planned not in found]
         steps = self.settings.epochs(task.samples) * ceil(task.samples / self.settings.batch_size)
         yield from found.values()
-        with _StudyProgress(len(found), len(left), steps, disable=not self.verbose) as progress:
+        with _StudyProgress(self.plan, len(left), steps, disable=not self.verbose) as progress:
             for run in _in_parallel(self._call(task, validation), left, self.jobs, progress):
                 planned = PlannedRun(run.remedy, run.seed, run.learning_rate)
                 if planned in paths:
                     kept.save(paths[planned], run)
-                progress.end_run()
+                progress.end_run(len(run.history) if isinstance(run, Run) else 0)
                 yield run
 
     def _kept_paths(self, task, validation):
@@ -144,12 +144,7 @@ def _in_parallel(call, planned_runs, jobs, progress):
             try:
                 yield from _results(call, [planned], 2, progress)
             except BrokenProcessPool as error:
-                yield FailedRun(
-                    planned.remedy,
-                    planned.seed,
-                    planned.learning_rate,
-                    f"The process that trained it died.\n{error}",
-                )
+                yield _failed(planned, "The process that trained it died.", str(error))
 
 
 def _results(call, planned_runs, jobs, progress):
@@ -198,10 +193,13 @@ def _train_one(
                 validation=validation,
                 on_step=on_step,
             )
-        except Exception:
-            return FailedRun(
-                planned.remedy, planned.seed, planned.learning_rate, traceback.format_exc()
-            )
+        except Exception as error:
+            told = "".join(traceback.format_exception_only(error))
+            return _failed(planned, " ".join(told.split()), traceback.format_exc())
+
+
+def _failed(planned, error, traceback):
+    return FailedRun(planned.remedy, planned.seed, planned.learning_rate, error, traceback)
 
 
 def _limit_threads(threads):
@@ -215,12 +213,14 @@ def _limit_threads(threads):
 class _StudyProgress:
     """One bar for a whole study, on standard error."""
 
-    def __init__(self, found: int, left: int, steps: int, *, disable: bool):
-        self._found, self._ended, self._total = found, found, found + left
-        self._steps = steps
+    def __init__(self, plan: Sequence[PlannedRun], left: int, steps: int, *, disable: bool):
+        self._total, self._ended, self._steps = len(plan), len(plan) - left, steps
+        self._counted = 0  # steps of the run that is in this process
+        self._several_seeds = len({planned.seed for planned in plan}) > 1
+        self._several_rates = len({planned.learning_rate for planned in plan}) > 1
         self._progress = Progress(
             TextColumn("{task.description}", justify="left", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=20),
             TextColumn("{task.fields[runs]} runs, {task.completed:.0f}/{task.total:.0f} steps"),
             TextColumn("{task.fields[loss]}"),
             TimeRemainingColumn(),
@@ -233,18 +233,23 @@ class _StudyProgress:
 
     def begin_run(self, planned: PlannedRun) -> None:
         """A run of this process begins."""
-        description = f"{planned.remedy} (seed {planned.seed}, rate {planned.learning_rate:g})"
+        description = planned.remedy
+        description += f", seed {planned.seed}" if self._several_seeds else ""
+        description += f", rate {planned.learning_rate:g}" if self._several_rates else ""
         self._progress.update(self._bar, description=description)
 
     def step(self, loss: float) -> None:
         """A step of this process's run has ended."""
+        self._counted += 1
         self._progress.update(self._bar, advance=1, loss=f"loss {loss:.4g}")
 
-    def end_run(self) -> None:
-        """A run has ended, here or elsewhere, before its last step or not."""
+    def end_run(self, steps: int) -> None:
+        """A run has ended, here or elsewhere, after so many steps."""
         self._ended += 1
-        steps = (self._ended - self._found) * self._steps
-        self._progress.update(self._bar, completed=steps, runs=self._runs())
+        # A run that ended early is not one that went fast.
+        total = self._progress.tasks[self._bar].total - (self._steps - steps)
+        advance, self._counted = steps - self._counted, 0
+        self._progress.update(self._bar, total=total, advance=advance, runs=self._runs())
 
     def _runs(self):
         return f"{self._ended}/{self._total}"

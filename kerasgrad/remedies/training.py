@@ -116,18 +116,15 @@ class Run:
 class FailedRun:
     """A training that raised.
 
-    - traceback: where and why, as Python prints it
+    - error: the kind of exception and its message, in one line
+    - traceback: where, as Python prints it
     """
 
     remedy: str
     seed: int
     learning_rate: float
+    error: str
     traceback: str
-
-    @property
-    def error(self) -> str:
-        """The last line of the traceback: the kind of exception and its message."""
-        return self.traceback.strip().splitlines()[-1]
 
 
 def hold_out_validation(task: Task) -> tuple[Task, tuple[np.ndarray, np.ndarray]]:
