@@ -117,7 +117,7 @@ class Study:
 
     def _call(self, task, validation):
         """call(planned): the arguments with which joblib calls `_train_one`."""
-        threads = max(1, joblib.cpu_count() // joblib.effective_n_jobs(self.jobs))
+        threads = max(1, joblib.cpu_count() // joblib.effective_n_jobs(_n_jobs(self.jobs)))
         policy = keras.config.dtype_policy().name
 
         def call(planned):
@@ -151,10 +151,15 @@ def _results(call, planned_runs, jobs, progress):
     global _progress
     _progress = progress
     try:
-        parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
+        parallel = joblib.Parallel(n_jobs=_n_jobs(jobs), return_as="generator_unordered")
         yield from parallel(map(call, planned_runs))
     finally:
         _progress = None
+
+
+def _n_jobs(jobs):
+    # Of joblib 1 is an order to stay in this process, whatever parallel_config says; None is not.
+    return None if jobs == 1 else jobs
 
 
 # The study's progress where a training runs in the very process of the study, and None elsewhere.
