@@ -135,16 +135,16 @@ RATES = (0.001, 0.03, 1e6)
 
 @pytest.fixture(scope="module")
 def searched() -> Comparison:
-    options = TINY | {"steps": 40}
-    return kg.compare(tiny_task(), LINEAR, seeds=3, learning_rates=RATES, **options)
+    options = TINY | {"steps": 12}
+    return kg.compare(tiny_task(), LINEAR, seeds=2, learning_rates=RATES, **options)
 
 
 def test_the_choice_looks_at_no_test_sequence(searched):
     """With other test targets the results change, and nothing before them does."""
     task = tiny_task()
     wrong = dataclasses.replace(task, y_test=-100 * task.y_test, x_test=task.x_test[::-1].copy())
-    options = TINY | {"steps": 40}
-    other = kg.compare(wrong, LINEAR, seeds=3, learning_rates=RATES, **options)
+    options = TINY | {"steps": 12}
+    other = kg.compare(wrong, LINEAR, seeds=2, learning_rates=RATES, **options)
     assert other.chosen_learning_rates == searched.chosen_learning_rates
     for run, same in zip(other.runs, searched.runs, strict=True):
         np.testing.assert_array_equal(run.history.loss, same.history.loss)
@@ -156,14 +156,14 @@ def test_the_choice_looks_at_no_test_sequence(searched):
 def test_validation_sequences_are_not_trained_on(searched):
     for run in searched.runs:
         if not run.diverged:
-            assert len(run.history) == 40  # 51 sequences are 2 batches: 20 epochs.
+            assert len(run.history) == 12  # 51 sequences are 2 batches: 6 epochs.
     # The validation loss is that of the trained network on just those, here one without recurrence.
     # The validation loss is that of just those, by a network trained on just the others.
     smaller, (x, y) = hold_out_validation(tiny_task())
     run = searched.chosen_runs[0]
-    settings = Settings(4, 32, 40, run.learning_rate)
+    settings = Settings(4, 32, 12, run.learning_rate)
     again = kg.remedies.make_model(smaller, LINEAR["linear"], settings, run.seed)
-    again.fit(smaller.x, smaller.y, batch_size=32, epochs=20, verbose=0)
+    again.fit(smaller.x, smaller.y, batch_size=32, epochs=6, verbose=0)
     assert run.validation_loss == pytest.approx(again.evaluate(x, y, verbose=0), rel=1e-5)
 
 
@@ -175,9 +175,9 @@ def test_the_least_median_validation_loss_is_chosen(searched):
     assert medians[0.03] < medians[0.001]
     assert searched.chosen_learning_rates == {"linear": 0.03}
     assert {run.learning_rate for run in searched.chosen_runs} == {0.03}
-    assert list(searched.histories) == [("linear", seed) for seed in range(3)]
+    assert list(searched.histories) == [("linear", 0), ("linear", 1)]
     (row,) = searched.summary()
-    assert (row["learning_rate"], row["runs"], row["diverged"]) == (0.03, 3, 0)
+    assert (row["learning_rate"], row["runs"], row["diverged"]) == (0.03, 2, 0)
 
 
 def test_one_learning_rate_holds_nothing_out():
@@ -293,7 +293,11 @@ def test_a_dask_cluster_needs_no_change_of_the_call(tmp_path, one_by_one):
     distributed = pytest.importorskip("distributed")
     with (
         distributed.LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None
+            # joblib leaves a cluster of one core alone, and stays in this process.
+            n_workers=2,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=None,
         ) as cluster,
         distributed.Client(cluster),
         joblib.parallel_config("dask"),
@@ -302,8 +306,9 @@ def test_a_dask_cluster_needs_no_change_of_the_call(tmp_path, one_by_one):
         remedies = {"noting": Remedy("", partial(noting, str(tmp_path / "notes")))}
         kg.compare(tiny_task(), remedies, folder=tmp_path, **TINY)
     assert_same_runs(result, one_by_one)
-    ((process, *_),) = notes(tmp_path / "notes")
+    ((process, threads, _),) = notes(tmp_path / "notes")
     assert process != os.getpid()
+    assert threads == max(1, joblib.cpu_count() // 2)
     assert len(list(tmp_path.glob("runs/*.npz"))) == 1
 
 
@@ -479,7 +484,6 @@ SCRIPT = """
 import sys
 import keras
 import kerasgrad as kg
-from kerasgrad.remedies.kept import fingerprint
 
 SIZES = {"b": 2, "a": 1}
 
@@ -488,16 +492,12 @@ def layer(units, timesteps, **kwargs):
     print("trained", flush=True)
     return keras.layers.Flatten()
 
-remedies = kg.remedies.REMEDIES | {"own": kg.remedies.Remedy("", layer)}
-if sys.argv[1] == "fingerprint":
-    print(fingerprint(remedies, kg.tasks.temporal_order(8, 10)))
-else:
-    task = kg.tasks.adding_problem(samples=64, timesteps=6, test_samples=32)
-    result = kg.compare(
-        task, {"own": remedies["own"]}, seeds=int(sys.argv[2]), folder=sys.argv[1],
-        units=4, steps=4, resume=True, verbose=0,
-    )
-    print("losses", *(repr(run.final_loss) for run in result.runs), flush=True)
+task = kg.tasks.adding_problem(samples=64, timesteps=6, test_samples=32)
+result = kg.compare(
+    task, {"own": kg.remedies.Remedy("", layer)}, seeds=int(sys.argv[2]), folder=sys.argv[1],
+    units=4, batch_size=32, steps=4, resume=True, verbose=0,
+)
+print("losses", *(repr(run.final_loss) for run in result.runs), flush=True)
 """
 
 
@@ -505,28 +505,23 @@ else:
 def script(tmp_path):
     (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
 
-    def start(*arguments, **environment):
+    def start(*arguments, hash_seed):
+        environment = {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": str(hash_seed)}
         return subprocess.Popen(
             [sys.executable, tmp_path / "script.py", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
+            env=os.environ | environment,
         )
 
     return start
 
 
-def test_a_fingerprint_is_the_same_in_each_process(script):
-    started = [script("fingerprint", PYTHONHASHSEED=str(seed)) for seed in (1, 2)]
-    told = [process.communicate(timeout=120)[0].strip() for process in started]
-    assert len(told[0]) == 64 and told[0] == told[1]
-
-
 def test_a_killed_study_goes_on_where_it_stopped(script, tmp_path):
     """With SIGKILL, in mid-run; what it adds up to is what an undisturbed one gives."""
     folder = tmp_path / "study"
-    process = script(folder, 100)
+    process = script(folder, 100, hash_seed=1)
     deadline = time.monotonic() + 120
     try:
         while len(list(folder.glob("runs/*.npz"))) < 2:
@@ -538,8 +533,10 @@ def test_a_killed_study_goes_on_where_it_stopped(script, tmp_path):
         process.wait()
     kept = len(list(folder.glob("runs/*.npz")))
     assert 2 <= kept < 90
-    *trained, losses = script(folder, kept + 1).communicate(timeout=120)[0].splitlines()
+    # The function is known again, though Python orders its sets and strings otherwise.
+    *trained, losses = (
+        script(folder, kept + 1, hash_seed=2).communicate(timeout=120)[0].splitlines()
+    )
     assert trained == ["trained"]
-    *_, expected = script(tmp_path / "other", kept + 1).communicate(timeout=120)[0].splitlines()
-    assert len(losses.split()) == 1 + kept + 1
-    assert losses == expected
+    undisturbed = kg.compare(tiny_task(), LINEAR, seeds=kept + 1, **TINY)
+    assert losses.split()[1:] == [repr(run.final_loss) for run in undisturbed.runs]

@@ -12,8 +12,8 @@ from kerasgrad.plots.style import (
     COLORS,
     draw_line,
     legend,
-    log_scale,
     mark_non_finite,
+    mark_zeros,
     new_axes,
     off_scale_note,
     on_log_scale,
@@ -48,24 +48,28 @@ def plot_median_losses(
     [0.9, 0.5]
     """
     ax = ax or new_axes(figsize=(8, 5))
+    shown = [*(on_log_scale(runs).ravel() for _, runs in losses.values()), [constant_loss]]
+    bottom, top = _limits(np.concatenate(shown), 2)
     for style, (name, (steps, runs)) in zip(styles(), losses.items(), strict=False):
         runs = np.where(np.isnan(runs), np.inf, runs)
         middle, low, high = np.median(runs, axis=0), runs.min(axis=0), runs.max(axis=0)
         draw_line(ax, steps, on_log_scale(middle), lw=1.4, label=name, **style)
-        # A band that reaches beyond the axes where a run diverged.
-        finite = np.isfinite(low)
-        top = np.where(np.isfinite(high), high, np.nanmax(np.append(high[np.isfinite(high)], 1e30)))
+        # Out of the axes where a run diverged, or reached 0.
         ax.fill_between(
-            steps, on_log_scale(low), top, where=finite, color=style["color"], alpha=0.15, lw=0
+            steps,
+            np.clip(low, bottom / 10, top * 10),
+            np.clip(high, bottom / 10, top * 10),
+            where=np.isfinite(low),
+            **{"color": style["color"], "alpha": 0.15, "lw": 0},
         )
         mark_non_finite(ax, steps, middle, color=style["color"], label=None)
+        mark_zeros(ax, steps, middle, color=style["color"], label=None)
     ax.axhline(
         constant_loss, color="grey", lw=0.8, zorder=0, label=f"constant answer, {constant_loss:.3g}"
     )
-    log_scale(ax)
-    shown = [on_log_scale(np.asarray(line.get_ydata(), float)) for line in ax.lines]
-    shown = np.concatenate([values[np.isfinite(values)] for values in shown])
-    ax.set_ylim(shown.min() / 2, min(shown.max() * 2, 1e3 * constant_loss))
+    ax.set_yscale("log")
+    # One remedy that explodes would flatten all others.
+    ax.set_ylim(bottom, min(top, 1e3 * constant_loss))
     ax.set(xlabel="optimizer step", ylabel="test loss, median over the seeds")
     legend(ax, loc="upper right", title="band: all seeds, ×: NaN or Inf")
     return ax
@@ -99,21 +103,24 @@ def plot_final_losses(
     """
     ax = ax or new_axes(figsize=(8, 1.2 + 0.45 * len(losses)))
     names = []
-    finite = [v for runs in losses.values() for v in runs if np.isfinite(v) and v > 0]
-    edge = 3 * max([*finite, constant_loss])
+    shown = [*(on_log_scale(np.array(runs, float)) for runs in losses.values()), [constant_loss]]
+    left, right = _limits(np.concatenate(shown), 3)
     for row, (name, runs) in enumerate(losses.items()):
         runs = np.where(np.isfinite(runs), runs, np.inf)
-        middle = np.median(runs) if len(runs) else np.nan
-        low, high = np.minimum(intervals.get(name, (np.nan, np.nan)), edge)
-        ax.plot([low, high], [row, row], color=COLORS[0], lw=5, alpha=0.35, solid_capstyle="butt")
-        diverged = ~np.isfinite(runs)
-        ax.plot(runs[~diverged], np.full(np.sum(~diverged), row), "o", color=COLORS[0], ms=4)
-        ax.plot(np.full(diverged.sum(), edge), np.full(diverged.sum(), row), "x", color=COLORS[1])
-        if np.isfinite(middle):
-            ax.plot([middle], [row], "|", color="black", ms=14, mew=2)
-        names.append(name + off_scale_note(0, diverged.sum(), len(runs), "runs"))
+        interval = np.clip(intervals.get(name, (np.nan, np.nan)), left, right)
+        ax.plot(interval, [row, row], color=COLORS[0], lw=5, alpha=0.35, solid_capstyle="butt")
+        # A log scale has no place for either, but at its edges.
+        diverged, zeros = np.isinf(runs).sum(), (runs == 0).sum()
+        drawn = runs[np.isfinite(runs) & (runs > 0)]
+        ax.plot(drawn, np.full(len(drawn), row), "o", color=COLORS[0], ms=4)
+        ax.plot(np.full(diverged, right), np.full(diverged, row), "x", color=COLORS[1])
+        ax.plot(np.full(zeros, left), np.full(zeros, row), "<", color=COLORS[0])
+        if len(runs) and 0 < np.median(runs) < np.inf:
+            ax.plot([np.median(runs)], [row], "|", color="black", ms=14, mew=2)
+        names.append(name + off_scale_note(zeros, diverged, len(runs), "runs"))
     ax.axvline(constant_loss, color="grey", lw=0.8, zorder=0)
     ax.set_xscale("log")
+    ax.set_xlim(left / 1.2, right * 1.2)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set(xlabel="test loss at the end: runs, median and its 95 % interval; grey: constant answer")
@@ -145,19 +152,30 @@ def plot_learning_rates(
     [0.25, 0.1]
     """
     ax = ax or new_axes(figsize=(8, 5))
+    rates = np.array(sorted({rate for by_rate in losses.values() for rate in by_rate}))
+    medians = [np.median(runs) for by_rate in losses.values() for runs in by_rate.values()]
     for style, (name, by_rate) in zip(styles(), losses.items(), strict=False):
-        rates = np.array(sorted(by_rate))
-        medians = np.array([np.median(by_rate[rate]) for rate in rates])
-        line = on_log_scale(medians)
-        draw_line(ax, rates, line, marker=".", label=name, **style)
-        mark_non_finite(ax, rates, medians, color=style["color"], label=None)
-        ring = line[rates == chosen[name]]
+        tried = np.array(sorted(by_rate))
+        found = np.array([np.median(by_rate[rate]) for rate in tried])
+        line = on_log_scale(found)
+        draw_line(ax, tried, line, marker=".", label=name, **style)
+        mark_non_finite(ax, tried, found, color=style["color"], label=None)
+        mark_zeros(ax, tried, found, color=style["color"], label=None)
+        ring = line[tried == chosen[name]]
         ax.plot([chosen[name]] * len(ring), ring, "o", ms=11, mfc="none", mec=style["color"])
     ax.set_xscale("log")
-    log_scale(ax)
-    rates = sorted({rate for by_rate in losses.values() for rate in by_rate})
+    ax.set_yscale("log")
+    ax.set_xlim(*_limits(rates, 1.5))
+    ax.set_ylim(*_limits(np.array(medians), 2))
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel="learning rate", ylabel="validation loss at the end, median over the seeds")
     legend(ax, title="ring: chosen, ×: NaN or Inf")
     return ax
+
+
+def _limits(values, margin):
+    """The range of the values that a log scale can show, wider by a factor; any if there is none."""
+    shown = values[np.isfinite(values) & (values > 0)]
+    low, high = (shown.min(), shown.max()) if len(shown) else (1, 1)
+    return low / margin, high * margin

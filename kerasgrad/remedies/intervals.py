@@ -84,4 +84,7 @@ def wilson_interval(successes: int, runs: int, confidence: float = 0.95) -> tupl
     p, z2 = successes / runs, z * z / runs
     middle = p + z2 / 2
     spread = sqrt(z2 * (p * (1 - p) + z2 / 4))
-    return max(0.0, (middle - spread) / (1 + z2)), min(1.0, (middle + spread) / (1 + z2))
+    # At both ends the formula is exact, and its floats are not.
+    low = (middle - spread) / (1 + z2) if successes else 0.0
+    high = (middle + spread) / (1 + z2) if successes < runs else 1.0
+    return low, high
