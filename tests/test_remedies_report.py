@@ -24,7 +24,7 @@ HOSTILE = '<script>alert("x")</script> | [red]'
 
 def run(remedy, seed, rate, losses, validation) -> Run:
     history = GradientHistory()
-    loss = np.linspace(1, losses[-1], 30)
+    loss = np.linspace(1, losses[0], 30)
     norms = {"rnn": np.outer(np.ones(30), np.geomspace(1e-3, 1, 6))}
     history.append(
         weights=["w"], step=range(30), norms=np.ones((30, 1)), loss=loss, state_norms=norms
@@ -35,8 +35,7 @@ def run(remedy, seed, rate, losses, validation) -> Run:
 
 @pytest.fixture(scope="module")
 def study() -> Comparison:
-    """One remedy that solves the task, one that diverges at the larger learning rate, one hostile
-    name that fails with one seed."""
+    """A remedy that solves the task, one that diverges at a learning rate, one that fails once."""
     runs = []
     for seed in range(3):
         runs += [
@@ -72,9 +71,9 @@ def test_the_table_has_a_row_for_each_remedy(study):
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     assert rows["good"][1:5] == ["0.1", "0.002", "3/3", "20"]
     assert rows["bad"][1:4] == ["0.01", "0.2", "0/3"]
-    assert "[0.001, 0.003]" in text and "[0.44, 1.00]" in text
-    assert HOSTILE in text
-    assert "2, 1 failed" not in text and "0, 1 failed" in text
+    assert ["0.001–0.003", "0.44–1.00"] in [line.split() for line in text.splitlines()]
+    (hostile,) = (line for line in text.splitlines() if line.startswith(HOSTILE))
+    assert hostile.split()[-1] == "0" and text.count("1 failed") == 1
     assert "learning_rate of 0.01, 0.1" in " ".join(text.split())
 
 

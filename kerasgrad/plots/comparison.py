@@ -67,9 +67,9 @@ def plot_median_losses(
     ax.axhline(
         constant_loss, color="grey", lw=0.8, zorder=0, label=f"constant answer, {constant_loss:.3g}"
     )
-    ax.set_yscale("log")
     # One remedy that explodes would flatten all others.
     ax.set_ylim(bottom, min(top, 1e3 * constant_loss))
+    ax.set_yscale("log")
     ax.set(xlabel="optimizer step", ylabel="test loss, median over the seeds")
     legend(ax, loc="upper right", title="band: all seeds, ×: NaN or Inf")
     return ax
@@ -119,8 +119,8 @@ def plot_final_losses(
             ax.plot([np.median(runs)], [row], "|", color="black", ms=14, mew=2)
         names.append(name + off_scale_note(zeros, diverged, len(runs), "runs"))
     ax.axvline(constant_loss, color="grey", lw=0.8, zorder=0)
-    ax.set_xscale("log")
     ax.set_xlim(left / 1.2, right * 1.2)
+    ax.set_xscale("log")
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set(xlabel="test loss at the end: runs, median and its 95 % interval; grey: constant answer")
@@ -163,10 +163,10 @@ def plot_learning_rates(
         mark_zeros(ax, tried, found, color=style["color"], label=None)
         ring = line[tried == chosen[name]]
         ax.plot([chosen[name]] * len(ring), ring, "o", ms=11, mfc="none", mec=style["color"])
-    ax.set_xscale("log")
-    ax.set_yscale("log")
     ax.set_xlim(*_limits(rates, 1.5))
     ax.set_ylim(*_limits(np.array(medians), 2))
+    ax.set_xscale("log")
+    ax.set_yscale("log")
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel="learning rate", ylabel="validation loss at the end, median over the seeds")
@@ -175,7 +175,7 @@ def plot_learning_rates(
 
 
 def _limits(values, margin):
-    """The range of the values that a log scale can show, wider by a factor; any if there is none."""
+    """The range of the values that a log scale can show, wider by a factor."""
     shown = values[np.isfinite(values) & (values > 0)]
     low, high = (shown.min(), shown.max()) if len(shown) else (1, 1)
     return low / margin, high * margin

@@ -63,6 +63,10 @@ def compare(
 
         with joblib.parallel_config("dask"): kg.compare(...)
 
+    A run's numbers do not depend on where and beside what it runs, bit for bit, as long as
+    TensorFlow has as many threads there: it splits long sums among them, which rounds otherwise.
+    (A cluster of one core is left alone by joblib.) A process that dies takes no other run with it.
+
     Args:
         task: from kerasgrad.tasks.
         remedies: names out of REMEDIES, several joined by + ("relu+global_clipnorm"), or a mapping

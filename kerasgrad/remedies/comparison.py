@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,16 @@ COLUMNS = {
     "ms/step": "time of a training step, GradientNorms included: median of a run's steps, median "
     "over the seeds; trainings side by side slow each other down",
     "diverged": "runs with a NaN or Inf loss; failed: runs that raised",
+}
+
+
+# The headers where there are 80 columns for all.
+_NARROW = {
+    "learning rate": "rate",
+    "steps to solve": "steps\nto\nsolve",
+    "clipped": "clip-\nped",
+    "ms/step": "ms/\nstep",
+    "diverged": "di-\nverged",
 }
 
 
@@ -255,24 +266,25 @@ class Comparison:
         headers, rows = self.summary_cells()
         seeds = len(self.seeds)
         searched = (
-            " learning rate: chosen for each remedy by its median validation loss;"
+            " rate: the learning rate, chosen for each remedy by its median validation loss;"
             if self.learning_rates
             else ""
         )
         table = _new_table(
             self.heading(),
-            f"medians over {seeds} seed{'s' * (seeds > 1)};{searched} in brackets: 95 % intervals, "
+            f"medians over {seeds} seed{'s' * (seeds > 1)};{searched} below them: 95 % intervals, "
             "of the median by bootstrap, of the share of solved runs after Wilson; reach: "
             "‖∂L/∂s_1‖/‖∂L/∂s_T‖; all losses are of test data that no choice saw",
         )
         for header in headers:
-            text = header.replace(" ", "\n", 1)
-            if header == "remedy":
-                table.add_column(text, no_wrap=True)
-            else:
-                table.add_column(text, justify="right", overflow="fold")
-        for row in rows:
-            table.add_row(*(escape(cell.replace(" [", "\n[")) for cell in row))
+            table.add_column(_NARROW.get(header, header), justify="right", no_wrap=True)
+        table.columns[0].justify = "left"
+        for name, *cells in rows:
+            # 80 columns are few: an interval goes below its median, without brackets.
+            cells = [
+                re.sub(r" \[(.*), (.*)\]$", r"\n\1–\2", cell).replace(", ", "\n") for cell in cells
+            ]
+            table.add_row(escape(name), *map(escape, cells))
         return table
 
     def _table_of_runs(self):
