@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,15 +275,12 @@ class Comparison:
             "of the median by bootstrap, of the share of solved runs after Wilson; reach: "
             "‖∂L/∂s_1‖/‖∂L/∂s_T‖; all losses are of test data that no choice saw",
         )
+        table.collapse_padding = True
         for header in headers:
             table.add_column(_NARROW.get(header, header), justify="right", no_wrap=True)
         table.columns[0].justify = "left"
         for name, *cells in rows:
-            # 80 columns are few: an interval goes below its median, without brackets.
-            cells = [
-                re.sub(r" \[(.*), (.*)\]$", r"\n\1–\2", cell).replace(", ", "\n") for cell in cells
-            ]
-            table.add_row(escape(name), *map(escape, cells))
+            table.add_row(escape(name), *(escape(_narrow(cell)) for cell in cells))
         return table
 
     def _table_of_runs(self):
@@ -379,6 +375,15 @@ def _write_csv(path, rows):
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _narrow(cell):
+    """80 columns are few: an interval goes below its median, without brackets and zeros."""
+    median, bracket, interval = cell.partition(" [")
+    low, _, high = interval.rstrip("]").partition(", ")
+    if bracket:
+        return f"{median}\n{low.removeprefix('0') or low}–{high.removeprefix('0') or high}"
+    return cell.replace(", ", "\n")
 
 
 def _median(values):
