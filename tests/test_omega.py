@@ -232,9 +232,10 @@ def test_the_two_equations_differ_as_the_text_says():
     assert all(abs(cosine) < 0.999 for cosine in cosines)
 
 
-@pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("kind", [kg.layers.OmegaSimpleRNN, PerturbedSimpleRNN])
-@pytest.mark.parametrize("return_sequences", [False, True])
+@pytest.mark.parametrize(
+    ("eager", "return_sequences"), [(False, False), (True, False), (False, True)]
+)
 def test_recording_works_beside_omega(kind, eager, return_sequences):
     """The same weights with and without GradientNorms, and its ∂L/∂s_t is that of L alone."""
     x, y = (array.astype("float32") for array in batch())
@@ -283,7 +284,7 @@ def test_omega_keeps_the_gradient_of_a_training_from_vanishing():
         model = keras.Sequential([layer, keras.layers.Dense(1)])
         model.compile(keras.optimizers.SGD(0.05, global_clipnorm=0.5), loss="mse")
         norms = GradientNorms()
-        model.fit(task.x, task.y, epochs=20, verbose=0, callbacks=[norms])
+        model.fit(task.x, task.y, epochs=15, verbose=0, callbacks=[norms])
         (series,) = norms.history.reach.values()
         reach[name] = series[0], np.median(series[-10:])
     assert reach["none"][0] < 1e-3

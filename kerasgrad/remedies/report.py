@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import platform
+import re
 from collections.abc import Mapping
 from html import escape
 from string import Template
@@ -39,7 +40,7 @@ _PAGE = Template("""<!DOCTYPE html>
 <style>
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-       max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
+       max-width: 70rem; margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; line-height: 1.25; }
 h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #ccc; }
 .box { overflow-x: auto; }
@@ -48,7 +49,8 @@ th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right
          vertical-align: top; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 td.text { white-space: normal; text-align: left; min-width: 14rem; }
-thead th { border-bottom: 2px solid #888; }
+thead th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
+@media (max-width: 30rem) { th, td { padding: .3rem .35rem; } }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }
 figcaption, dd { font-size: .875rem; color: #444; }
@@ -64,7 +66,7 @@ summary { cursor: pointer; padding: .4rem 0; }
 $failures
 <h2>Remedies</h2>
 <div class="box">$summary</div>
-<details open><summary>What the columns are</summary><dl>$columns</dl></details>
+<details><summary>What the columns are</summary><dl>$columns</dl></details>
 <h2>Figures</h2>
 $figures
 <h2>Settings</h2>
@@ -208,13 +210,12 @@ def _table(headers, rows, *, text=False):
     """A table; its last column is text, which may wrap, where so told."""
 
     def cells(row):
-        last = len(row) - 1
-        return "".join(
-            f'<td class="text">{escape(cell)}</td>'
-            if text and i == last
-            else f"<td>{escape(cell)}</td>"
-            for i, cell in enumerate(row)
-        )
+        kinds = [""] * (len(row) - 1) + [' class="text"' if text else ""]
+        name, *others = map(escape, row)
+        # A phone is narrow: intervals go below their medians.
+        others = [re.sub(r" (\[.*\])$", r"<br><small>\1</small>", cell) for cell in others]
+        pairs = zip(kinds, [name, *others], strict=True)
+        return "".join(f"<td{kind}>{cell}</td>" for kind, cell in pairs)
 
     head = "".join(f"<th>{escape(header)}</th>" for header in headers)
     head = f"<thead><tr>{head}</tr></thead>" if any(headers) else ""
