@@ -137,6 +137,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         if tag not in self.VOID:
             self.open.append(tag)
+        self.text += " " * (tag == "br")
         self.asked += [value for name, value in attributes if name in ("src", "href")]
 
     def handle_endtag(self, tag):
