@@ -13,15 +13,23 @@ from rich.console import Console
 
 from kerasgrad.diagnosis import PRESETS, diagnose
 from kerasgrad.history import GradientHistory
-from kerasgrad.remedies import DEFAULT_REMEDIES, REMEDIES, Comparison, Settings, iterate_runs
+from kerasgrad.remedies import (
+    DEFAULT_REMEDIES,
+    REMEDIES,
+    Comparison,
+    Settings,
+    Study,
+    by_name,
+    seeds_of,
+)
 from kerasgrad.tasks import TASKS, make_task
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
-    0: done; 2: bad input, told in one line on standard error; 130: interrupted, and what had
-    finished is kept.
+    0: done; 1: a training failed, and the others are told of; 2: bad input, told in one line on
+    standard error; 130: interrupted, and what had finished is kept.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -51,14 +59,32 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(DEFAULT_REMEDIES),
         metavar="REMEDY",
-        help=f"any of {', '.join(REMEDIES)}",
+        help=f"any of {', '.join(REMEDIES)}; several as one: relu+global_clipnorm",
     )
     compare.add_argument("--seeds", type=int, default=1, help="number of trainings of each remedy")
     compare.add_argument(
+        "--jobs", type=int, default=1, help="trainings at a time; -1 for one on each core"
+    )
+    compare.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the runs that an earlier command kept in the folder",
+    )
+    compare.add_argument(
         "--out", type=Path, default=Path("kerasgrad-compare"), help="folder for the results"
     )
+    rates = compare.add_mutually_exclusive_group()
+    rates.add_argument(
+        "--learning-rates",
+        nargs="+",
+        type=float,
+        default=(),
+        metavar="RATE",
+        help="to choose from for each remedy, on validation data",
+    )
     for setting in fields(Settings):
-        compare.add_argument(
+        group = rates if setting.name == "learning_rate" else compare
+        group.add_argument(
             f"--{setting.name.replace('_', '-')}",
             type=type(setting.default),
             default=setting.default,
@@ -87,31 +113,55 @@ def _diagnose(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     if options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1. Received: {options.seeds}.")
-    settings = Settings(
-        **{setting.name: getattr(options, setting.name) for setting in fields(Settings)}
-    )
+    settings = {setting.name: getattr(options, setting.name) for setting in fields(Settings)}
+    if options.learning_rates:
+        settings["learning_rate"] = options.learning_rates[0]
     samples = {} if options.task == "digits" else {"samples": 4000}
-    task = make_task(options.task, timesteps=options.timesteps, **samples)
-    runs = iterate_runs(task, options.remedies, settings, range(options.seeds))
+    study = Study(
+        make_task(options.task, timesteps=options.timesteps, **samples),
+        by_name(options.remedies),
+        Settings(**settings),
+        seeds=seeds_of(options.seeds),
+        learning_rates=options.learning_rates,
+        jobs=options.jobs,
+        folder=options.out,
+        resume=options.resume,
+    )
     _check_writable(options.out)
-    comparison = Comparison(task, settings)
+    comparison = Comparison.of(study)
     status = 0
     try:
-        for run in runs:
-            comparison.runs.append(run)
+        for run in study.run():
+            comparison.add(run)
     except KeyboardInterrupt:
-        finished = ", ".join(run.remedy for run in comparison.runs) or "none"
-        print(f"kerasgrad: interrupted; remedies that finished: {finished}", file=sys.stderr)
+        print(
+            f"kerasgrad: interrupted; {len(comparison.runs)} of {len(study.plan)} runs finished "
+            f"and are kept in {options.out / 'runs'}; the same command with --resume goes on",
+            file=sys.stderr,
+        )
         status = 130
+    comparison.sort(study.plan)
+    for run in comparison.failed:
+        print(
+            f"kerasgrad: error: {run.remedy}, seed {run.seed}, learning rate "
+            f"{run.learning_rate:g} failed: {run.error}",
+            file=sys.stderr,
+        )
+        status = status or 1
     if comparison.runs:
-        console = Console()
-        console.print(comparison.table())
+        _show(comparison, options.out)
+    return status
+
+
+def _show(comparison: Comparison, folder: Path) -> None:
+    comparison.save(folder)  # First, as whoever reads what is printed may stop reading.
+    console = Console()
+    console.print(comparison.table())
+    if len(comparison.runs) == len(comparison.summary()):
         for row in comparison.rows():
             for finding in row["findings"]:
                 console.print(f"{row['remedy']}: {finding}", highlight=False)
-        comparison.save(options.out)
-        print(f"Records and figures: {options.out}")
-    return status
+    print(f"Records and figures: {folder}")
 
 
 def _check_writable(folder: Path) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import kerasgrad.remedies
+import kerasgrad.cli
+import kerasgrad.remedies.study
 from kerasgrad import GradientHistory
 from kerasgrad.cli import main
-from kerasgrad.remedies import DEFAULT_REMEDIES, REMEDIES
+from kerasgrad.remedies import DEFAULT_REMEDIES, REMEDIES, Run, Settings
 from kerasgrad.tasks import TASKS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -28,10 +29,10 @@ TINY = ["--timesteps", "5", "--units", "3", "--batch-size", "1000", "--steps", "
 def no_training(monkeypatch):
     """Whatever is wrong must be found before the first training starts."""
 
-    def train(*_):
+    def train(*_, **__):
         pytest.fail("a training was started")
 
-    monkeypatch.setattr(kerasgrad.remedies, "_train", train)
+    monkeypatch.setattr(kerasgrad.remedies.study, "train", train)
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def planted_training(monkeypatch):
     """In place of each training a history of three steps, for what only concerns the command."""
     trained = []
 
-    def train(task, name, remedy, settings, seed, epochs, progress):
+    def train(task, name, remedy, settings, seed, *, validation, on_step):
         trained.append((task, name, settings, seed))
         history = GradientHistory()
         history.append(
@@ -49,9 +50,10 @@ def planted_training(monkeypatch):
             loss=np.ones(3),
             state_norms={"rnn": np.ones((3, 4))},
         )
-        return kerasgrad.remedies.Run(name, seed, history, [3], [0.5])
+        loss = None if validation is None else settings.learning_rate
+        return Run(name, seed, history, [3], [0.5], [], settings.learning_rate, loss)
 
-    monkeypatch.setattr(kerasgrad.remedies, "_train", train)
+    monkeypatch.setattr(kerasgrad.remedies.study, "train", train)
     return trained
 
 
@@ -76,13 +78,14 @@ def test_compare(tmp_path, capsys):
     assert rows["baseline"][4] == "0%"
     assert "adding, T = 5, 4000 sequences: 3 units, batches of 1000, 4 steps of" in stdout
     assert str(out) in stdout.splitlines()[-1]
-    bars = [line.split()[0] for line in stderr.splitlines()]
-    assert bars == ["baseline", "clipnorm"]
-    assert stderr.count("4/4 steps") == 2
+    (bar,) = stderr.splitlines()
+    assert "2/2 runs, 8/8 steps" in bar
     assert {path.name for path in out.iterdir()} == {
-        *("comparison.csv", "baseline.npz", "clipnorm.npz"),
+        *("comparison.csv", "baseline.npz", "clipnorm.npz", "runs"),
         *("loss.png", "gradient_norms.png", "state_norms.png"),
+        *("report.html", "summary.csv", "summary.md"),
     }
+    assert len(list((out / "runs").glob("*.npz"))) == 2
     with open(out / "comparison.csv", newline="", encoding="utf-8") as file:
         cells = {row["remedy"]: row for row in csv.DictReader(file)}
     assert rows["baseline"][1] == f"{float(cells['baseline']['test_loss']):.4g}"
@@ -91,12 +94,12 @@ def test_compare(tmp_path, capsys):
 
 @pytest.mark.usefixtures("planted_training")
 def test_findings_are_told_in_whole_lines_under_the_table(tmp_path, capsys, monkeypatch):
-    def train(task, name, *_):
+    def train(task, name, *_, **__):
         history = GradientHistory()
         history.append(weights=["w"], step=[0, 1], norms=[[3.0], [np.nan]], loss=[1.0, np.nan])
-        return kerasgrad.remedies.Run(name, 0, history, [2], [np.nan])
+        return Run(name, 0, history, [2], [np.nan], learning_rate=0.1)
 
-    monkeypatch.setattr(kerasgrad.remedies, "_train", train)
+    monkeypatch.setattr(kerasgrad.remedies.study, "train", train)
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["compare", *TINY, "--remedies", "relu", "--out", str(tmp_path)]) == 0
     expected = "relu: non finite, step 1 (w): NaN, after a largest global norm of 3 before clipping"
@@ -109,7 +112,7 @@ def test_the_defaults_are_those_of_the_main_job(planted_training, tmp_path, monk
     assert [name for _, name, _, _ in planted_training] == list(DEFAULT_REMEDIES)
     task, _, settings, seed = planted_training[0]
     assert (task.name, task.timesteps, seed) == ("adding", 100, 0)
-    assert settings == kerasgrad.remedies.Settings()
+    assert settings == Settings()
     assert (tmp_path / "kerasgrad-compare" / "comparison.csv").exists()
 
 
@@ -124,7 +127,7 @@ def test_options_arrive(planted_training, tmp_path, capsys):
     ]
     task, _, settings, _ = planted_training[0]
     assert (task.name, task.timesteps) == ("copying", 8 + 20)
-    assert settings == kerasgrad.remedies.Settings(7, 50, 9, 0.5, 0.0, 3.0)
+    assert settings == Settings(7, 50, 9, 0.5, 0.0, 3.0)
     assert (tmp_path / "keras_lstm-seed1.npz").exists()
 
 
@@ -150,6 +153,9 @@ BAD_INPUT = {
     "no units": (["--units", "0"], ["units must be positive", "0"]),
     "no learning rate": (["--learning-rate", "nan"], ["learning_rate must be positive", "nan"]),
     "momentum of 1": (["--momentum", "1"], ["momentum must be in [0, 1)", "1.0"]),
+    "negative rate": (["--learning-rates", "0.1", "-1"], ["learning_rate must be positive"]),
+    "no jobs": (["--jobs", "0"], ["jobs must be", "0"]),
+    "two layers": (["--remedies", "irnn+keras_gru"], ["each bring a layer of their own"]),
 }
 
 
@@ -199,13 +205,37 @@ def test_digits_without_scikit_learn(tmp_path, capsys, monkeypatch):
 def test_an_error_of_several_lines_is_told_in_one(tmp_path, capsys, monkeypatch):
     """Keras's own messages often have several."""
 
-    def train(*_):
-        raise ValueError("The layer has\n\n  no shape.\nGive it one.")
+    def make_task(*_, **__):
+        raise ValueError("The task has\n\n  no shape.\nGive it one.")
 
-    monkeypatch.setattr(kerasgrad.remedies, "_train", train)
+    monkeypatch.setattr(kerasgrad.cli, "make_task", make_task)
     assert main(["compare", *TINY, "--out", str(tmp_path)]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "kerasgrad: error: The layer has no shape. Give it one."
+    assert only_line(capsys.readouterr().err) == "The task has no shape. Give it one."
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_training_that_fails_is_told_and_the_others_go_on(
+    others, planted_training, tmp_path, capsys, monkeypatch
+):
+    planted = kerasgrad.remedies.study.train
+
+    def train(task, name, *arguments, **options):
+        if name == "relu" or not others:
+            raise ValueError("The layer has\n\n  no shape.")
+        return planted(task, name, *arguments, **options)
+
+    monkeypatch.setattr(kerasgrad.remedies.study, "train", train)
+    remedies = ["--remedies", "baseline", "relu", "clipnorm"]
+    assert main(["compare", *TINY, *remedies, "--out", str(tmp_path)]) == 1
+    stdout, stderr = capsys.readouterr()
+    told = [line for line in stderr.splitlines() if line.startswith("kerasgrad: error: ")]
+    expected = "kerasgrad: error: relu, seed 0, learning rate 0.1 failed: ValueError: The layer has"
+    assert f"{expected} no shape." in told
+    assert len(told) == (1 if others else 3)
+    first_words = [line.split()[0] for line in stdout.splitlines() if line.strip()]
+    assert ("baseline" in first_words and "clipnorm" in first_words) is others
+    if others:
+        assert "Traceback" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -216,6 +246,7 @@ def test_an_error_of_several_lines_is_told_in_one(tmp_path, capsys, monkeypatch)
         (["compare", "--magic"], "--magic"),
         (["compare", "--steps", "many"], "many"),
         (["compare", "--remedies"], "--remedies"),
+        (["compare", "--learning-rate", "1", "--learning-rates", "1", "2"], "--learning-rates"),
     ],
 )
 def test_what_argparse_refuses_is_status_2_too(arguments, word, capsys):
@@ -232,38 +263,69 @@ def test_help_names_what_there_is(capsys):
         main(["compare", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for word in ("--out", "--seeds", "--learning-rate", "default: 1500", *TASKS, *REMEDIES):
+    for word in (
+        "--out",
+        "--seeds",
+        "--learning-rates",
+        "--resume",
+        "default: 1500",
+        *TASKS,
+        *REMEDIES,
+    ):
         assert word in text
 
 
 # Ctrl-C
 
 
-@pytest.mark.parametrize(
-    ("before", "finished", "files"),
-    [(0, "none", set()), (2, "baseline, clipnorm", {"baseline.npz", "clipnorm.npz"})],
-)
-def test_an_interrupted_comparison_keeps_what_finished(
-    before, finished, files, planted_training, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize("before", [0, 2])
+def test_an_interrupted_comparison_keeps_what_finished_and_goes_on(
+    before, planted_training, tmp_path, capsys, monkeypatch
 ):
-    train = kerasgrad.remedies._train
+    planted = kerasgrad.remedies.study.train
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         if len(planted_training) == before:
             raise KeyboardInterrupt
-        return train(*arguments)
+        return planted(*arguments, **options)
 
-    monkeypatch.setattr(kerasgrad.remedies, "_train", interrupted)
-    remedies = ["--remedies", "baseline", "clipnorm", "relu", "keras_lstm"]
-    assert main(["compare", *TINY, *remedies, "--out", str(tmp_path)]) == 130
+    remedies = ["baseline", "clipnorm", "relu", "keras_lstm"]
+    command = ["compare", *TINY, "--remedies", *remedies, "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(kerasgrad.remedies.study, "train", interrupted)
+        assert main(command) == 130
     stdout, stderr = capsys.readouterr()
-    expected = f"kerasgrad: interrupted; remedies that finished: {finished}"
+    expected = (
+        f"kerasgrad: interrupted; {before} of 4 runs finished and are kept in {tmp_path / 'runs'}; "
+        "the same command with --resume goes on"
+    )
     assert stderr.splitlines()[-1] == expected
-    assert {path.name for path in tmp_path.glob("*.npz")} == files
-    assert (tmp_path / "comparison.csv").exists() is bool(files)
+    finished = set(remedies[:before])
+    assert {path.stem for path in tmp_path.glob("*.npz")} == finished
+    assert len(list(tmp_path.glob("runs/*.npz"))) == before
+    assert (tmp_path / "comparison.csv").exists() is bool(finished)
     first_words = {line.split()[0] for line in stdout.splitlines() if line.strip()}
-    assert {"baseline", "clipnorm"} & first_words == {f.removesuffix(".npz") for f in files}
-    assert "relu" not in first_words
+    assert set(remedies) & first_words == finished
+    # And the same command with --resume trains the others only.
+    assert main([*command, "--resume"]) == 0
+    assert [name for _, name, _, _ in planted_training] == remedies
+    first_words = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert set(remedies) <= first_words
+
+
+def test_a_search_of_learning_rates(planted_training, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    options = ["--learning-rates", "0.3", "0.01", "0.1", "--seeds", "2", "--remedies", "relu"]
+    assert main(["compare", *TINY, *options, "--out", str(tmp_path)]) == 0
+    tried = [(settings.learning_rate, seed) for _, _, settings, seed in planted_training]
+    assert tried == [(rate, seed) for seed in (0, 1) for rate in (0.3, 0.01, 0.1)]
+    out = capsys.readouterr().out
+    assert "SGD(learning_rate of 0.3, 0.01, 0.1, momentum=0.9)" in " ".join(out.split())
+    # The planted validation loss is the learning rate.
+    (line,) = (line.split() for line in out.splitlines() if line.startswith("relu "))
+    assert line[1] == "0.01"
+    assert {path.name for path in tmp_path.glob("*.npz")} == {"relu-seed0.npz", "relu-seed1.npz"}
+    assert (tmp_path / "learning_rates.png").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
@@ -302,7 +364,7 @@ def test_a_real_interrupt(tmp_path):
             process.wait()
     told = log.read_text()
     assert process.returncode == 130, told
-    assert told.splitlines()[-1].endswith("interrupted; remedies that finished: baseline")
+    assert "interrupted; 1 of 2 runs finished and are kept in" in told.splitlines()[-1]
     assert "Traceback" not in told
     assert "non finite" in stdout.decode()
     names = {path.name for path in (tmp_path / "out").iterdir()}

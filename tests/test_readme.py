@@ -34,7 +34,9 @@ def without_times(text):
 
 
 # (which block of Python, which block of text)
-@pytest.mark.parametrize(("code", "text"), [(0, 0), (2, 2)], ids=["recording", "through time"])
+@pytest.mark.parametrize(
+    ("code", "text"), [(0, 0), (1, 2), (3, 3)], ids=["recording", "comparing", "through time"]
+)
 def test_an_example_prints_what_the_readme_shows(code, text):
     shown, now = (
         without_times(t) for t in (block("text", text), printed_by(block("python", code)))

@@ -10,6 +10,11 @@ from kerasgrad.plots.article import (
     plot_relu,
     plot_tanh,
 )
+from kerasgrad.plots.comparison import (
+    plot_final_losses,
+    plot_learning_rates,
+    plot_median_losses,
+)
 from kerasgrad.plots.through_time import (
     plot_compared_state_norms,
     plot_contributions,
@@ -34,10 +39,13 @@ __all__ = [
     "plot_compared_state_norms",
     "plot_contributions",
     "plot_diagnosis",
+    "plot_final_losses",
     "plot_gate_product",
     "plot_gate_product_distribution",
     "plot_jacobian_spectrum",
+    "plot_learning_rates",
     "plot_loss",
+    "plot_median_losses",
     "plot_norms",
     "plot_relu",
     "plot_saturation",
