@@ -31,19 +31,11 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from kerasgrad.layers.recurrence import is_explicit
+from kerasgrad.layers.recurrence import DERIVATIVE_AT_OUTPUT, is_explicit
 from kerasgrad.layers.simple_rnn import SimpleRNN
 
 # Of the norm of ∂L/∂a, L a mean over the batch.
 _SMALLEST = 1e-10
-
-# Φ' as a function of s = Φ(a).
-_DERIVATIVE_AT_OUTPUT = {
-    keras.activations.linear: tf.ones_like,
-    keras.activations.tanh: lambda s: 1 - s * s,
-    keras.activations.sigmoid: lambda s: s * (1 - s),
-    keras.activations.relu: lambda s: tf.cast(s > 0, s.dtype),
-}
 
 
 def omega(
@@ -82,7 +74,7 @@ def omega(
     Source: Pascanu, Mikolov and Bengio (2013), "On the difficulty of training recurrent neural
     networks", section 3.3.
     """
-    derivative = _DERIVATIVE_AT_OUTPUT[activation](states)
+    derivative = DERIVATIVE_AT_OUTPUT[activation](states)
     δ = (derivative * state_gradients)[1:]
     # ρ_k does not depend on the length of δ, whose square might be beyond the range of a float.
     largest = tf.stop_gradient(tf.reduce_max(tf.abs(δ), axis=-1, keepdims=True))

@@ -42,7 +42,7 @@ import keras
 import tensorflow as tf
 
 # Φ' as a function of the output s = Φ(a): what lets the backward pass forget a.
-_DERIVATIVE_AT_OUTPUT = {
+DERIVATIVE_AT_OUTPUT = {
     keras.activations.linear: tf.ones_like,
     keras.activations.tanh: lambda s: 1 - s * s,
     keras.activations.sigmoid: lambda s: s * (1 - s),
@@ -54,7 +54,7 @@ StateGradients = Callable[[tf.Tensor], None]
 
 def is_explicit(activation: Callable) -> bool:
     """Whether Φ' can be had from Φ's output, as the recurrences of this module need."""
-    return activation in _DERIVATIVE_AT_OUTPUT
+    return activation in DERIVATIVE_AT_OUTPUT
 
 
 def simple_recurrence(
@@ -260,7 +260,7 @@ def _back_propagate(g, return_sequences, s, mask, activation, step, with_λ, gat
     """
     T = tf.shape(s)[0] - 1
     _, batch, units = s.shape
-    derivative = _DERIVATIVE_AT_OUTPUT[activation]
+    derivative = DERIVATIVE_AT_OUTPUT[activation]
 
     # s_t goes from one round of the loop to the next: taken out of s again, it would be, by XLA,
     # for every single number that is computed from it.
