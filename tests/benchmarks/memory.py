@@ -85,16 +85,17 @@ def main():
     units, timesteps, runs = (8, 20, 1) if arguments.quick else (128, 1600, 3)
     table = Table("layer", "output", "MB", "Keras's MB", "ratio")
     results = []
-    for sequences in (False, True):
+    pairs, outputs = (PAIRS[:1], (False,)) if arguments.quick else (PAIRS, (False, True))
+    for sequences in outputs:
         peaks = {
             layer: [
                 in_its_own_process("measure", layer, units, timesteps, sequences)
                 - in_its_own_process("measure", layer, units, SHORT, sequences)
                 for _ in range(runs)
             ]
-            for layer in {name: None for pair in PAIRS for name in pair}
+            for layer in {name: None for pair in pairs for name in pair}
         }
-        for ours, theirs in PAIRS:
+        for ours, theirs in pairs:
             one, other = median(peaks[ours]), median(peaks[theirs])
             row = {
                 "layer": ours,
