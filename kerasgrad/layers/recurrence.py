@@ -4,33 +4,39 @@ Both recurrences of this package have the form
 
     s_t = Φ(a_t),    a_t = z_t + A_t s_{t-1},    t = 1..T
 
-where z_t holds whatever does not depend on the state (z_t = U x_t + b, computed for all steps in
-one product before the loop) and A_t is what stands between two states:
+where z_t is what the input x_t adds, and A_t is what stands between two states:
 
-    simple recurrence    A_t = W           (Elman 1990; the article's equation 1)
-    gated recurrence     A_t = diag(f_t)   (the article's section 5, its simplified LSTM)
+    simple recurrence    z_t = U x_t         A_t = W           (Elman 1990; the article's eq. 1)
+    gated recurrence     z_t = i_t ⊙ c_t     A_t = diag(f_t)   (its section 5, the LSTM)
+                         f_t = σ(K_f x_t),   i_t = σ(K_i x_t),   c_t = K_c x_t, or x_t itself
 
 With g_t = ∂L/∂s_t as it arrives from the outputs alone, back-propagation through time is
 
     λ_t = g_t + A_{t+1}ᵀ δ_{t+1}           λ_t = ∂L/∂s_t, the total derivative; δ_{T+1} = 0
     δ_t = Φ'(a_t) ⊙ λ_t                    δ_t = ∂L/∂a_t = ∂L/∂z_t
 
-    simple recurrence    ∂L/∂W   = Σ_t δ_t s_{t-1}ᵀ       (the article's equation 5, summed over t)
-    gated recurrence     ∂L/∂f_t = δ_t ⊙ s_{t-1}
+    simple recurrence    ∂L/∂U = Σ_t δ_t x_tᵀ,   ∂L/∂W = Σ_t δ_t s_{t-1}ᵀ   (eq. 4 and 5)
+    gated recurrence     ∂L/∂K = Σ_t κ_t x_tᵀ for each kernel, with κ_t = ∂L/∂(K x_t):
+                         δ_t ⊙ s_{t-1} ⊙ f_t ⊙ (1 - f_t)   of K_f
+                         δ_t ⊙ c_t ⊙ i_t ⊙ (1 - i_t)       of K_i
+                         δ_t ⊙ i_t                         of K_c
 
 A step that the mask leaves out repeats the state, s_t = s_{t-1}, so δ_t = 0 and
-λ_{t-1} = g_{t-1} + λ_t.
+λ_{t-1} = g_{t-1} + λ_t. A bias is one more column of U or K, for an input that is always 1.
 
-The code below is these lines. It is fast because only λ needs a loop: Φ' is a function of s_t
-alone (1 - s² for tanh), so the forward pass keeps nothing but the states, and δ and the gradients
-of the parameters follow for all steps at once. Arrays are time-major, (timesteps, batch, units),
-so that a step is one contiguous block, and both loops are compiled by XLA. λ, the quantity that
-vanishes or explodes, is there for the taking: `on_state_gradients` receives it.
+The code below is these lines. It is fast because it keeps little and does little at a step. Φ' is a
+function of s_t alone (1 - s² for tanh), so the forward pass keeps nothing but the states; gates are
+cheaper to compute again than to keep. A step is one matrix product, [x_t, s_{t-1}] times U and W
+stacked, and one pass over its result, which goes in place into one array of all steps: both loops
+are compiled by XLA. The weights' gradients, sums over steps, wait until after the loop and are one
+product. What nobody asks for is not computed: outputs before the last, λ, ∂L/∂x. And the examples
+of a batch do not meet before their gradients are summed: two cores take half of them each. λ, the
+quantity that vanishes or explodes, is there for the taking: `on_state_gradients` receives it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
@@ -52,87 +58,131 @@ def is_explicit(activation: Callable) -> bool:
 
 
 def simple_recurrence(
-    z: tf.Tensor,
+    x: tf.Tensor,
     initial_state: tf.Tensor,
+    kernel: tf.Tensor,
     recurrent_kernel: tf.Tensor,
+    bias: tf.Tensor | None = None,
     *,
     activation: Callable,
     mask: tf.Tensor | None = None,
     recurrent_dropout_mask: tf.Tensor | None = None,
+    return_sequences: bool = True,
     on_state_gradients: StateGradients | None = None,
 ) -> tf.Tensor:
-    """States of s_t = Φ(z_t + s_{t-1} W), differentiable once, by explicit BPTT.
+    """States of s_t = Φ(x_t U + s_{t-1} W + b), differentiable once, by explicit BPTT.
 
     Args:
-        z: (timesteps, batch, units), the part of a_t that the state has no share in.
+        x: (batch, timesteps, features).
         initial_state: (batch, units), s_0.
-        recurrent_kernel: (units, units), W; multiplies a row vector s from the right, as in Keras.
+        kernel: (features, units), U; multiplies a row vector x from the right, as in Keras.
+        recurrent_kernel: (units, units), W.
+        bias: (units,), b, or None.
         activation: Φ, one of Keras's linear, tanh, sigmoid, relu.
-        mask: (timesteps, batch, 1) bool; False repeats the previous state.
+        mask: (batch, timesteps) bool; False repeats the previous state.
         recurrent_dropout_mask: (batch, units), multiplies s_{t-1} before W at every step.
+        return_sequences: whether all states are returned, or the last.
         on_state_gradients: called with λ, (timesteps, batch, units), when the gradient is taken.
 
     Returns:
-        (timesteps, batch, units), the states s_1 to s_T.
+        (batch, timesteps, units), the states s_1 to s_T; or (batch, units), s_T.
     """
+    x, initial_state, kernel, recurrent_kernel = _tensors(
+        x, initial_state, kernel, recurrent_kernel
+    )
+    if bias is not None:
+        x, kernel = _with_bias(x, kernel, tf.convert_to_tensor(bias))
 
-    @tf.custom_gradient
-    def recurrence(z, s_0, W):
-        s = _simple_states(*_constants(z, s_0, W, mask, recurrent_dropout_mask), activation)
-        # One trace serves layers of different sizes, and does not know this one's.
-        s.set_shape(z.shape)
+    def states(x, s_0, mask, dropout, U, W):
+        return _simple_states(x, s_0, mask, dropout, U, W, activation)
 
-        def gradient(g):
-            λ, dz, ds_0, dW = _differentiable_once(
-                lambda g, s, s_0, W: _simple_gradients(
-                    g, s, s_0, W, mask, recurrent_dropout_mask, activation
-                ),
-            )(g, s, s_0, W)
-            if on_state_gradients is not None:
-                on_state_gradients(λ)
-            return dz, ds_0, dW
+    def gradients(g, s, x, s_0, mask, dropout, U, W):
+        δ, ds_0, *λ = _differentiable_once(
+            lambda g, s, x, s_0, U, W: _simple_gradients(
+                g, return_sequences, s, mask, dropout, W, activation, on_state_gradients is not None
+            )
+        )(g, s, x, s_0, U, W)
+        dx = _swap(tf.tensordot(δ, U, axes=[2, 1]))
+        dU = _sum_of_products(_swap(x), δ)
+        dW = _sum_of_products(_dropped(s[:-1], dropout), δ)
+        return dx, ds_0, [dU, dW], λ
 
-        return s, gradient
-
-    return recurrence(*_tensors(z, initial_state, recurrent_kernel))
+    return _explicit(
+        states,
+        gradients,
+        (x, initial_state, mask, recurrent_dropout_mask),
+        (kernel, recurrent_kernel),
+        return_sequences,
+        on_state_gradients,
+    )
 
 
 def gated_recurrence(
-    z: tf.Tensor,
+    x: tf.Tensor,
     initial_state: tf.Tensor,
-    forget_gate: tf.Tensor,
+    kernels: Sequence[tf.Tensor],
+    biases: Sequence[tf.Tensor] | None = None,
     *,
     activation: Callable,
     mask: tf.Tensor | None = None,
+    return_sequences: bool = True,
     on_state_gradients: StateGradients | None = None,
 ) -> tf.Tensor:
-    """States of s_t = Φ(z_t + f_t ⊙ s_{t-1}), differentiable once, by explicit BPTT.
+    """States of s_t = Φ(f_t ⊙ s_{t-1} + i_t ⊙ c_t), differentiable once, by explicit BPTT.
 
     Args:
-        z: (timesteps, batch, units), the gated input i_t ⊙ x_t.
+        x: (batch, timesteps, features).
         initial_state: (batch, units), s_0.
-        forget_gate: (timesteps, batch, units), f_t.
-        activation, mask, on_state_gradients: as in `simple_recurrence`.
+        kernels: K_f and K_i of the gates f_t = σ(x_t K_f + b_f) and i_t = σ(x_t K_i + b_i), and
+            K_c where c_t = x_t K_c; without it c_t = x_t. Each (features, units).
+        biases: b_f and b_i, each (units,), or None.
+        activation, mask, return_sequences, on_state_gradients: as in `simple_recurrence`.
 
     Returns:
-        (timesteps, batch, units), the states s_1 to s_T.
+        (batch, timesteps, units), the states s_1 to s_T; or (batch, units), s_T.
     """
+    projected = len(kernels) == 3
+    units = initial_state.shape[1]
+    x, initial_state, *kernels = _tensors(x, initial_state, *kernels)
+    kernel = tf.concat(kernels, axis=1)
+    if biases is not None:
+        biases = _tensors(*biases)
+        of_candidate = [tf.zeros_like(biases[0])] if projected else []
+        x, kernel = _with_bias(x, kernel, tf.concat(biases + of_candidate, axis=0))
 
-    @tf.custom_gradient
-    def recurrence(z, s_0, f):
-        s = _gated_states(*_constants(z, s_0, f, mask), activation)
+    def states(x, s_0, mask, _, K):
+        return _gated_states(x, s_0, mask, K, activation, projected)
 
-        def gradient(g):
-            λ, dz, ds_0, df = _differentiable_once(
-                lambda g, s, s_0, f: _gated_gradients(g, s, s_0, f, mask, activation),
-            )(g, s, s_0, f)
-            if on_state_gradients is not None:
-                on_state_gradients(λ)
-            return dz, ds_0, df
+    def gradients(g, s, x, s_0, mask, _, K):
+        κ, ds_0, *λ = _differentiable_once(
+            lambda g, s, x, s_0, K: _gated_gradients(
+                g,
+                return_sequences,
+                s,
+                x,
+                mask,
+                K,
+                activation,
+                projected,
+                on_state_gradients is not None,
+            )
+        )(g, s, x, s_0, K)
+        if projected:
+            dx = tf.tensordot(κ, K, axes=[2, 1])
+        else:
+            κ, dc = κ[..., : 2 * units], κ[..., 2 * units :]
+            dx = tf.tensordot(κ, K, axes=[2, 1])
+            dx += tf.pad(dc, [[0, 0], [0, 0], [0, tf.shape(x)[2] - units]])
+        return _swap(dx), ds_0, [_sum_of_products(_swap(x), κ)], λ
 
-        return s, gradient
-
-    return recurrence(*_tensors(z, initial_state, forget_gate))
+    return _explicit(
+        states,
+        gradients,
+        (x, initial_state, mask, None),
+        (kernel,),
+        return_sequences,
+        on_state_gradients,
+    )
 
 
 # Compiled apart from the model around them: under XLA these loops write their results in place,
@@ -141,88 +191,187 @@ _compiled = tf.function(jit_compile=True, reduce_retracing=True, autograph=False
 
 
 @_compiled
-def _simple_states(z, s_0, W, mask, dropout, activation):
-    return _states(z, s_0, lambda t, s: _dropped(s, dropout) @ W, mask, activation)
+def _simple_states(x, s_0, mask, dropout, U, W, activation):
+    U_W = tf.concat([U, W], axis=0)
+
+    def step(x_t, s):
+        return activation(tf.concat([x_t, _dropped(s, dropout)], axis=1) @ U_W)
+
+    return _states(x, s_0, mask, step)
 
 
 @_compiled
-def _simple_gradients(g, s, s_0, W, mask, dropout, activation):
+def _simple_gradients(g, return_sequences, s, mask, dropout, W, activation, with_λ):
     W_T = tf.transpose(W)
-    λ, δ, ds_0 = _back_propagate(
-        g, s, lambda t, δ_t: _dropped(δ_t @ W_T, dropout), mask, activation
-    )
-    previous = _dropped(_previous(s, s_0), dropout)
-    dW = tf.matmul(_all_steps(previous), _all_steps(δ), transpose_a=True)
-    return λ, δ, ds_0, dW
+
+    def step(t, s_before, δ_t):
+        return _dropped(δ_t @ W_T, dropout), δ_t
+
+    return _back_propagate(g, return_sequences, s, mask, activation, step, with_λ)
 
 
 @_compiled
-def _gated_states(z, s_0, f, mask, activation):
-    return _states(z, s_0, lambda t, s: tf.gather(f, t) * s, mask, activation)
+def _gated_states(x, s_0, mask, K, activation, projected):
+    def step(x_t, s):
+        f, i, c = _gates(x_t, s, K, projected)
+        return activation(f * s + i * c)
+
+    return _states(x, s_0, mask, step)
 
 
 @_compiled
-def _gated_gradients(g, s, s_0, f, mask, activation):
-    λ, δ, ds_0 = _back_propagate(g, s, lambda t, δ_t: tf.gather(f, t) * δ_t, mask, activation)
-    return λ, δ, ds_0, δ * _previous(s, s_0)
+def _gated_gradients(g, return_sequences, s, x, mask, K, activation, projected, with_λ):
+    def step(t, s_before, δ_t):
+        f, i, c = _gates(x[:, t], s_before, K, projected)
+        dc = δ_t * i
+        # Beside each other only after the loop: XLA joins columns one number at a time.
+        return f * δ_t, tf.stack([δ_t * s_before * f * (1 - f), dc * c * (1 - i), dc], axis=1)
+
+    κ, *rest = _back_propagate(g, return_sequences, s, mask, activation, step, with_λ, gates=[3])
+    return tf.reshape(κ, tf.concat([tf.shape(κ)[:2], [-1]], axis=0)), *rest
 
 
-def _states(z, s_0, propagate, mask, activation):
-    """The forward loop; propagate(t, s_{t-1}) is A_t s_{t-1}."""
-    T = tf.shape(z)[0]
+def _gates(x_t, s, K, projected):
+    """f_t, i_t and c_t."""
+    units = tf.shape(s)[1]
+    f, i, *c = tf.split(x_t @ K, 3 if projected else 2, axis=1)
+    return tf.sigmoid(f), tf.sigmoid(i), c[0] if projected else x_t[:, :units]
 
-    def step(t, s, states):
-        s_t = activation(tf.gather(z, t) + propagate(t, s))
+
+def _states(x, s_0, mask, step):
+    """The forward loop; step(x_t, s_{t-1}) is s_t. Returns s_0 to s_T."""
+    T = tf.shape(x)[1]
+
+    def body(t, states):
+        s = states.read(t)
+        s_t = step(x[:, t], s)
         if mask is not None:
-            s_t = tf.where(tf.gather(mask, t), s_t, s)
-        return t + 1, s_t, states.write(t, s_t)
+            s_t = tf.where(mask[:, t, tf.newaxis], s_t, s)
+        return t + 1, states.write(t + 1, s_t)
 
-    states = tf.TensorArray(z.dtype, T, element_shape=s_0.shape)
-    states = tf.while_loop(lambda t, *_: t < T, step, (0, s_0, states))[2].stack()
-    return tf.ensure_shape(states, z.shape)
+    states = tf.TensorArray(s_0.dtype, T + 1, element_shape=s_0.shape, clear_after_read=False)
+    return tf.while_loop(lambda t, _: t < T, body, (0, states.write(0, s_0)))[1].stack()
 
 
-def _back_propagate(g, s, propagate_back, mask, activation):
-    """The backward loop; propagate_back(t, δ_t) is A_tᵀ δ_t. Returns λ, δ and ∂L/∂s_0."""
-    T = tf.shape(s)[0]
+def _back_propagate(g, return_sequences, s, mask, activation, step, with_λ, gates=()):
+    """The backward loop; step(t, s_{t-1}, δ_t) is A_tᵀ δ_t and what is kept of the step.
+
+    Returns what was kept, (timesteps, batch, *gates, units); ∂L/∂s_0; and λ where asked for.
+    """
+    T = tf.shape(s)[0] - 1
+    _, batch, units = s.shape
     derivative = _DERIVATIVE_AT_OUTPUT[activation]
 
-    def step(t, from_later, λ):
-        λ_t = tf.gather(g, t) + from_later
-        δ_t = derivative(tf.gather(s, t)) * λ_t
-        if mask is None:
-            to_earlier = propagate_back(t, δ_t)
-        else:
-            to_earlier = tf.where(tf.gather(mask, t), propagate_back(t, δ_t), λ_t)
-        return t - 1, to_earlier, λ.write(t, λ_t)
+    def body(t, from_later, kept, *λ):
+        λ_t = g[:, t] + from_later if return_sequences else from_later
+        δ_t = derivative(tf.gather(s, t + 1)) * λ_t
+        if mask is not None:
+            δ_t = tf.where(mask[:, t, tf.newaxis], δ_t, tf.zeros_like(δ_t))
+        to_earlier, kept_t = step(t, tf.gather(s, t), δ_t)
+        if mask is not None:
+            to_earlier = tf.where(mask[:, t, tf.newaxis], to_earlier, λ_t)
+        return t - 1, to_earlier, kept.write(t, kept_t), *(array.write(t, λ_t) for array in λ)
 
-    λ = tf.TensorArray(s.dtype, T, element_shape=s.shape[1:])
-    start = (T - 1, tf.zeros_like(g[0]), λ)
-    _, ds_0, λ = tf.while_loop(lambda t, *_: t >= 0, step, start)
-    λ = tf.ensure_shape(λ.stack(), s.shape)
-    δ = derivative(s) * λ
-    if mask is not None:
-        δ = tf.where(mask, δ, tf.zeros_like(δ))
-    return λ, δ, ds_0
-
-
-def _previous(s, s_0):
-    return tf.concat([s_0[tf.newaxis], s[:-1]], axis=0)
+    last = tf.zeros_like(s[0]) if return_sequences else g
+    kept = tf.TensorArray(s.dtype, T, element_shape=[batch, *gates, units])
+    λ = [tf.TensorArray(s.dtype, T, element_shape=[batch, units])] if with_λ else []
+    _, ds_0, *arrays = tf.while_loop(lambda t, *_: t >= 0, body, (T - 1, last, kept, *λ))
+    kept, *λ = (array.stack() for array in arrays)
+    return kept, ds_0, *λ
 
 
-def _all_steps(array):
+def _swap(array):
+    return tf.transpose(array, [1, 0, 2])
+
+
+def _sum_of_products(a, b):
+    """Σ_t a_t b_tᵀ, over the examples too."""
     # Not array.shape[-1]: it is None once one trace serves layers of different sizes.
-    return tf.reshape(array, [-1, tf.shape(array)[-1]])
+    a, b = (tf.reshape(array, [-1, tf.shape(array)[-1]]) for array in (a, b))
+    return tf.matmul(a, b, transpose_a=True)
 
 
 def _dropped(s, dropout):
     return s if dropout is None else s * dropout
 
 
+def _with_bias(x, kernel, bias):
+    """x with the constant input 1, and the kernel with its weight."""
+    x = tf.pad(x, [[0, 0], [0, 0], [0, 1]], constant_values=1)
+    return x, tf.concat([kernel, bias[tf.newaxis]], axis=0)
+
+
 def _tensors(*values):
     # A custom gradient keeps a variable as it is, and would read it in the backward pass, when a
     # stateful layer has already put the new state there.
     return [tf.convert_to_tensor(value) for value in values]
+
+
+def _explicit(states, gradients, examples, weights, return_sequences, on_state_gradients):
+    """The recurrence whose compiled loops are given, as TensorFlow is to see it.
+
+    Args:
+        states: from a share of the examples, then the weights, to s_0 to s_T, time first.
+        gradients: from g, the states and the same arguments, to ∂L/∂x and ∂L/∂s_0 of the share,
+            its part of ∂L/∂weight of each weight, and [λ] or [].
+        examples: x, s_0, and the two masks or None; batch first.
+        weights: tensors.
+        return_sequences, on_state_gradients: as in `simple_recurrence`.
+    """
+    x, s_0, *masks = examples
+    batch, timesteps = x.shape[:2]
+    units = s_0.shape[1]
+
+    @tf.custom_gradient
+    def recurrence(x, s_0, *weights):
+        shares = _shares(s_0, x, s_0, *masks)
+        s = [states(*_constants(*share, *weights)) for share in shares]
+
+        def gradient(g):
+            parts = [
+                gradients(g, s, *share, *weights)
+                for (g,), s, share in zip(_shares(s_0, g), s, shares, strict=True)
+            ]
+            dx, ds_0, dweights, λ = zip(*parts, strict=True)
+            if on_state_gradients is not None:
+                λ = tf.concat([λ for (λ,) in λ], axis=1)
+                on_state_gradients(_of_shape(λ, [timesteps, batch, units]))
+            dweights = [tf.add_n(parts) for parts in zip(*dweights, strict=True)]
+            inputs, dinputs = [x, s_0, *weights], [tf.concat(dx, 0), tf.concat(ds_0, 0), *dweights]
+            return [_of_shape(d, input.shape) for d, input in zip(dinputs, inputs, strict=True)]
+
+        if return_sequences:
+            outputs = tf.concat([_swap(s[1:]) for s in s], axis=0)
+            return _of_shape(outputs, [batch, timesteps, units]), gradient
+        return _of_shape(tf.concat([s[-1] for s in s], axis=0), [batch, units]), gradient
+
+    return recurrence(x, s_0, *weights)
+
+
+def _of_shape(tensor, shape):
+    # One trace of a compiled function serves layers of different sizes, and does not know this
+    # one's.
+    tensor.set_shape(shape)
+    return tensor
+
+
+def _shares(s_0, *arrays):
+    """The arrays, cut along the batch into the shares that run side by side."""
+    batch, units = s_0.shape
+    if not _worth_sharing(batch, units):
+        return [arrays]
+    half = (tf.shape(s_0)[0] if batch is None else batch) // 2
+    return [
+        [None if array is None else array[share] for array in arrays]
+        for share in (slice(None, half), slice(half, None))
+    ]
+
+
+def _worth_sharing(batch, units):
+    # As measured on two cores: of smaller layers, both halves take as long as the whole. Not by the
+    # number of cores: a training gives the same numbers on one core as on two.
+    large = units >= 32 and (batch is None or batch >= 32)
+    return large and not tf.config.list_logical_devices("GPU")
 
 
 def _constants(*tensors):

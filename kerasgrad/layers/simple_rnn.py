@@ -13,7 +13,7 @@ from keras import ops
 from keras.layers import SimpleRNNCell
 
 from kerasgrad.layers.recurrence import StateGradients, is_explicit, simple_recurrence
-from kerasgrad.layers.sequences import to_keras, to_time_major
+from kerasgrad.layers.sequences import in_order_of_steps, outputs_under_mask
 
 __all__ = ["IRNN", "ScaledIdentity", "SimpleRNN", "SimpleRNNCell"]
 
@@ -61,27 +61,32 @@ class SimpleRNN(keras.layers.SimpleRNN):
             return super().inner_loop(sequences, initial_state, mask, training=training)
         cell = self.cell
         (initial_state,) = keras.tree.flatten(initial_state)
-        sequences, mask = to_time_major(sequences, mask, self.go_backwards)
+        x, mask = in_order_of_steps(sequences, mask, self.go_backwards)
         recurrent_dropout_mask = None
         if training:
-            dropout_mask = cell.get_dropout_mask(sequences[0])
+            dropout_mask = cell.get_dropout_mask(x[:, 0])
             if dropout_mask is not None:
-                sequences = sequences * dropout_mask
+                x = x * dropout_mask[:, tf.newaxis]
             recurrent_dropout_mask = cell.get_recurrent_dropout_mask(initial_state)
 
-        z = ops.matmul(sequences, cell.kernel)
-        if cell.bias is not None:
-            z = z + cell.bias
+        # Under a mask the last output is that of the last unmasked step.
+        every_step = self.return_sequences or mask is not None
         states = simple_recurrence(
-            z,
+            x,
             initial_state,
-            ops.convert_to_tensor(cell.recurrent_kernel),
+            cell.kernel,
+            cell.recurrent_kernel,
+            cell.bias,
             activation=self.activation,
             mask=mask,
             recurrent_dropout_mask=recurrent_dropout_mask,
+            return_sequences=every_step,
             on_state_gradients=self.on_state_gradients,
         )
-        return to_keras(self, states, states[-1], mask)
+        if not every_step:
+            return states, ops.expand_dims(states, 1), [states]
+        outputs = outputs_under_mask(states, mask, self.zero_output_for_mask)
+        return outputs[:, -1], outputs, [states[:, -1]]
 
 
 @keras.saving.register_keras_serializable(package="kerasgrad")

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import ops
 
 from kerasgrad.layers.recurrence import StateGradients, gated_recurrence, is_explicit
-from kerasgrad.layers.sequences import to_keras, to_time_major
+from kerasgrad.layers.sequences import in_order_of_steps, outputs_under_mask
 
 
 @keras.saving.register_keras_serializable(package="kerasgrad")
@@ -267,16 +267,24 @@ class SimplifiedLSTM(keras.layers.RNN):
         if not is_explicit(cell.activation):
             return super().inner_loop(sequences, initial_state, mask, training=training)
         (initial_state,) = keras.tree.flatten(initial_state)
-        x, mask = to_time_major(sequences, mask, self.go_backwards)
+        x, mask = in_order_of_steps(sequences, mask, self.go_backwards)
+        # Under a mask the last output is that of the last unmasked step.
+        every_step = self.return_sequences or mask is not None
         S = gated_recurrence(
-            cell.input_gate(x) * cell.candidate(x),
+            x,
             initial_state,
-            cell.forget_gate(x),
+            [cell.kernel_f, cell.kernel_i] + ([cell.kernel_c] if cell.project_input else []),
+            [cell.bias_f, cell.bias_i] if cell.use_bias else None,
             activation=cell.activation,
             mask=mask,
+            return_sequences=every_step,
             on_state_gradients=self.on_state_gradients,
         )
-        return to_keras(self, cell.output_gate(x) * S, S[-1], mask)
+        if not every_step:
+            output = cell.output_gate(x[:, -1]) * S
+            return output, ops.expand_dims(output, 1), [S]
+        outputs = outputs_under_mask(cell.output_gate(x) * S, mask, self.zero_output_for_mask)
+        return outputs[:, -1], outputs, [S[:, -1]]
 
     @property
     def units(self) -> int:
