@@ -137,7 +137,8 @@ class Script:
         record = {
             "script": self.name,
             "quick": self.quick,
-            "seconds": round(time.perf_counter() - self._begun),
+            # Without those of runs that an earlier call had finished.
+            "seconds_of_last_call": round(time.perf_counter() - self._begun),
             "versions": versions(),
             "settings": settings,
             "runs": list(runs),
