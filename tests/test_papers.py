@@ -167,6 +167,24 @@ def test_pascanu_by_hand():
     assert float(other) == pytest.approx(rates["clipped"], abs=0.005)
 
 
+def test_what_the_readme_says_of_the_accuracies():
+    for training, expected in (("SGD", 0.25), ("clipped", 0.5), ("clipped and Ω", 0.95)):
+        accuracies = [
+            made["test_accuracy"]
+            for made in RECORDS["pascanu_2013"]["runs"]
+            if made["remedy"].endswith(f", {training}") and made["timesteps"] > 20
+        ]
+        assert len(accuracies) == 12
+        assert np.median(accuracies) == pytest.approx(expected, abs=0.0051)
+
+
+def test_what_the_readme_says_of_the_gates():
+    """Copying and digits were solved by no cell, adding by all but the full LSTM."""
+    for made in RECORDS["gates_from_the_input"]["runs"]:
+        if "task" in made and made["chosen"]:
+            assert made["solved"] == (made["task"] == "adding" and made["remedy"] != "LSTM")
+
+
 def test_hochreiter_by_hand():
     found = RECORDS["hochreiter_1997"]
     counts = [made["sequences"] or math.inf for made in found["runs"]]
