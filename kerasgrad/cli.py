@@ -114,8 +114,6 @@ def _compare(options: argparse.Namespace) -> int:
     if options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1. Received: {options.seeds}.")
     settings = {setting.name: getattr(options, setting.name) for setting in fields(Settings)}
-    if options.learning_rates:
-        settings["learning_rate"] = options.learning_rates[0]
     samples = {} if options.task == "digits" else {"samples": 4000}
     study = Study(
         make_task(options.task, timesteps=options.timesteps, **samples),

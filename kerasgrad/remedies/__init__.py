@@ -110,10 +110,8 @@ def compare(
             )
     if budget is not None:
         settings["steps"] = budget
-    if learning_rates is not None:
-        if not len(learning_rates):
-            raise ValueError("learning_rates is empty. Pass one at least, or None.")
-        settings["learning_rate"] = float(learning_rates[0])
+    if learning_rates is not None and not len(learning_rates):
+        raise ValueError("learning_rates is empty. Pass one at least, or None.")
     study = Study(
         task,
         by_name(remedies),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,11 @@ class Comparison:
     @classmethod
     def of(cls, study: Study) -> Comparison:
         """The comparison of a study, without its runs yet."""
-        rates = tuple(dict.fromkeys(map(float, study.learning_rates)))
         return cls(
             study.task,
-            study.settings,
+            replace(study.settings, learning_rate=study.tried[0]),
             remedies=study.remedies,
-            learning_rates=rates if len(rates) > 1 else (),
+            learning_rates=study.tried if len(study.tried) > 1 else (),
         )
 
     def add(self, run: Run | FailedRun) -> None:
@@ -170,7 +169,7 @@ class Comparison:
         rows = []
         for name, rate in chosen.items():
             runs = [run for run in self.chosen_runs if run.remedy == name]
-            losses = [np.inf if run.diverged else run.final_loss for run in runs]
+            losses = [run.ranked_loss for run in runs]
             low, high = median_interval(losses)
             solved = [run.solved_at(solved_below) for run in runs]
             solved = [step for step in solved if step is not None]
@@ -300,14 +299,15 @@ class Comparison:
         table.add_column("reach", justify="right", no_wrap=True)
         table.add_column("what went wrong")
         for row in self.rows():
+            text = run_cells(row)
             cells = [
                 escape(row["remedy"]),  # One's own name may have brackets: rich's markup.
-                f"{row['test_loss']:.4g}",
-                str(row["solved_at_step"]) if row["solved"] else "no",
+                text["test loss"],
+                text["solved at step"],
                 f"{row['largest_norm_before_clipping']:.2g}",
-                f"{row['clip_rate']:.0%}",
-                f"{row['reach']:.0e}" if np.isfinite(row["reach"]) else "unknown",
-                "\n".join(finding.title for finding in row["findings"]) or "nothing found",
+                text["clipped"],
+                text["reach"],
+                "\n".join(text["findings"]),
             ]
             if classification:
                 cells.insert(2, f"{row['test_accuracy']:.1%}")
@@ -355,6 +355,17 @@ class Comparison:
         for name, picture in figures.items():
             (folder / f"{name}.png").write_bytes(picture)
         (folder / "report.html").write_text(report(self, figures), encoding="utf-8")
+
+
+def run_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table of runs says of a row of `Comparison.rows`, as text; of findings a list."""
+    return {
+        "test loss": f"{row['test_loss']:.4g}",
+        "solved at step": str(row["solved_at_step"]) if row["solved"] else "no",
+        "clipped": f"{row['clip_rate']:.0%}",
+        "reach": f"{row['reach']:.0e}" if np.isfinite(row["reach"]) else "unknown",
+        "findings": [finding.title for finding in row["findings"]] or ["nothing found"],
+    }
 
 
 def _new_table(title, caption):

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from kerasgrad import plots
-from kerasgrad.remedies.comparison import COLUMNS, Comparison
+from kerasgrad.remedies.comparison import COLUMNS, Comparison, run_cells
 from kerasgrad.remedies.intervals import median_interval
 from kerasgrad.remedies.kept import versions
 
@@ -90,7 +90,7 @@ def draw(comparison: Comparison) -> dict[str, bytes]:
     axes: dict[str, Any] = {}
     if len(comparison.seeds) > 1 or comparison.learning_rates:
         names = list(dict.fromkeys(run.remedy for run in runs))
-        final = {n: [_or_inf(run) for run in runs if run.remedy == n] for n in names}
+        final = {n: [run.ranked_loss for run in runs if run.remedy == n] for n in names}
         by_step = {n: _by_step([run for run in runs if run.remedy == n]) for n in names}
         by_step = {name: losses for name, losses in by_step.items() if len(losses[0])}
         axes["test_loss"] = plots.plot_median_losses(by_step, task.constant_loss)
@@ -172,21 +172,23 @@ def _runs(comparison):
     headers = ["remedy", "seed", "learning rate", "validation loss", "test loss", "solved at step"]
     headers += ["steps", "reach", "clipped", "what went wrong"]
     searched = bool(comparison.learning_rates)
-    rows = [
-        [
-            row["remedy"],
-            str(row["seed"]),
-            f"{row['learning_rate']:g}" + (" (chosen)" if searched and row["chosen"] else ""),
-            "–" if row["validation_loss"] is None else f"{row['validation_loss']:.4g}",
-            f"{row['test_loss']:.4g}",
-            str(row["solved_at_step"]) if row["solved"] else "no",
-            str(row["steps"]),
-            f"{row['reach']:.0e}" if np.isfinite(row["reach"]) else "unknown",
-            f"{row['clip_rate']:.0%}",
-            "; ".join(finding.title for finding in row["findings"]) or "nothing found",
-        ]
-        for row in comparison.rows()
-    ]
+    rows = []
+    for row in comparison.rows():
+        text = run_cells(row)
+        rows.append(
+            [
+                row["remedy"],
+                str(row["seed"]),
+                f"{row['learning_rate']:g}" + (" (chosen)" if searched and row["chosen"] else ""),
+                "–" if row["validation_loss"] is None else f"{row['validation_loss']:.4g}",
+                text["test loss"],
+                text["solved at step"],
+                str(row["steps"]),
+                text["reach"],
+                text["clipped"],
+                "; ".join(text["findings"]),
+            ]
+        )
     rows += [
         [run.remedy, str(run.seed), f"{run.learning_rate:g}", *["–"] * 6, f"failed: {run.error}"]
         for run in comparison.failed
@@ -230,10 +232,6 @@ def _figure(name, picture):
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
-
-
-def _or_inf(run):
-    return np.inf if run.diverged else run.final_loss
 
 
 def _by_step(runs):

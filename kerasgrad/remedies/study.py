@@ -73,20 +73,25 @@ class Study:
             hold_out_validation(self.task)
 
     @property
+    def tried(self) -> tuple[float, ...]:
+        """The learning rates that each remedy and seed gets, each once."""
+        rates = self.learning_rates or (self.settings.learning_rate,)
+        return tuple(dict.fromkeys(map(float, rates)))
+
+    @property
     def plan(self) -> list[PlannedRun]:
         """The runs, in order."""
-        rates = self.learning_rates or (self.settings.learning_rate,)
         return [
-            PlannedRun(name, seed, float(rate))
+            PlannedRun(name, seed, rate)
             for seed in dict.fromkeys(self.seeds)
             for name in self.remedies
-            for rate in dict.fromkeys(rates)
+            for rate in self.tried
         ]
 
     def run(self) -> Iterator[Run | FailedRun]:
         """Each run as soon as it has ended, in whichever order; those kept on disk first."""
         task, validation = self.task, None
-        if len(set(self.learning_rates)) > 1:
+        if len(self.tried) > 1:
             task, validation = hold_out_validation(task)
         kept, paths = self._kept_paths(task, validation)
         found = {planned: kept.load(path) for planned, path in paths.items() if self.resume}

@@ -95,6 +95,11 @@ class Run:
         """Whether a batch's loss, or the test loss at the end, was NaN or Inf."""
         return not (np.isfinite(self.final_loss) and np.isfinite(self.history.loss).all())
 
+    @property
+    def ranked_loss(self) -> float:
+        """The final loss as it counts beside others: Inf, larger than any, where it diverged."""
+        return np.inf if self.diverged else self.final_loss
+
     def solved_at(self, solved_below: float) -> int | None:
         """The first step at which the test loss was below the task's threshold, or None."""
         for step, loss in zip(self.test_steps, self.test_losses, strict=True):

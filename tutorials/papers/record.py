@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -37,11 +38,7 @@ class Estimate:
     @classmethod
     def median(cls, values: Sequence[float]) -> Estimate:
         """The median over runs, with its bootstrap interval."""
-        ordered = sorted(values)
-        middle = len(ordered) // 2
-        # Not the mean of two where one is Inf: a run that never succeeded.
-        value = ordered[middle] if len(ordered) % 2 else sum(ordered[middle - 1 : middle + 1]) / 2
-        return cls(value, *median_interval(values))
+        return cls(statistics.median(values), *median_interval(values))
 
     @classmethod
     def share(cls, successes: int, runs: int) -> Estimate:
