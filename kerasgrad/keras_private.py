@@ -5,6 +5,10 @@ tests/test_callbacks.py fails loudly when a version of Keras changes one of thes
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import keras
@@ -50,6 +54,22 @@ def updating_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizer
 def skips_non_finite_steps(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether it leaves the weights alone when a gradient is NaN or Inf: a LossScaleOptimizer."""
     return updating_optimizer(optimizer) is not optimizer
+
+
+@contextmanager
+def default_seeds_from(seed: int) -> Iterator[None]:
+    """Initializers and layers made in here draw their seeds as after `set_random_seed(seed)`.
+
+    That seeds Python's own generator, which other threads draw from, too: in a Dask worker they do,
+    in the middle of the making of a model.
+    """
+    module = import_module("keras.src.random.seed_generator")
+    of_all_threads = _private(module, "python_random")
+    module.python_random = random.Random(seed)
+    try:
+        yield
+    finally:
+        module.python_random = of_all_threads
 
 
 def _private(owner: Any, name: str) -> Any:

@@ -128,7 +128,16 @@ BELOW = {
     "inspection": {"bptt", "keras_private", "layers"},
     # The model is measured elsewhere, and only where one is given.
     "diagnosis": {"history", "inspection", "memory"},
-    "remedies": {"callbacks", "diagnosis", "history", "layers", "memory", "plots", "tasks"},
+    "remedies": {
+        "callbacks",
+        "diagnosis",
+        "history",
+        "keras_private",
+        "layers",
+        "memory",
+        "plots",
+        "tasks",
+    },
     "cli": {"diagnosis", "history", "remedies", "tasks"},
 }
 

@@ -6,10 +6,12 @@ import dataclasses
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ import kerasgrad as kg
 from kerasgrad import GradientHistory
 from kerasgrad.remedies import Comparison, FailedRun, Remedy, Run, Settings, Study, seeds_of
 from kerasgrad.remedies.kept import KeptRuns, fingerprint
-from kerasgrad.remedies.training import hold_out_validation
+from kerasgrad.remedies.training import hold_out_validation, make_model
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = {"units": 4, "batch_size": 32, "steps": 4, "verbose": 0}
@@ -264,6 +266,30 @@ def one_by_one() -> Comparison:
 def test_runs_in_parallel_are_the_same_bit_for_bit(one_by_one):
     result = kg.compare(tiny_task(), ("baseline",), seeds=2, jobs=2, **TINY)
     assert_same_runs(result, one_by_one)
+
+
+def test_other_threads_that_draw_random_numbers_change_no_weight():
+    task = tiny_task()
+
+    def weights():
+        return make_model(task, kg.remedies.REMEDIES["baseline"], Settings(4), 0).get_weights()
+
+    expected, over = weights(), threading.Event()
+
+    def draw():
+        while not over.is_set():
+            random.random()
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        actual = [weights() for _ in range(5)]
+    finally:
+        over.set()
+        thread.join()
+    for found in actual:
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def noting(path, units, timesteps, **_):

@@ -12,6 +12,7 @@ import numpy as np
 
 from kerasgrad.callbacks import GradientNorms
 from kerasgrad.history import GradientHistory
+from kerasgrad.keras_private import default_seeds_from
 from kerasgrad.remedies.remedy import Remedy
 from kerasgrad.tasks import Task
 
@@ -184,13 +185,14 @@ def make_model(task: Task, remedy: Remedy, settings: Settings, seed: int) -> ker
     0.5
     """
     keras.utils.set_random_seed(seed)
-    model = remedy.make_model(
-        [
-            keras.layers.Input((task.timesteps, task.features)),
-            remedy.make_layer(settings.units, task.timesteps, return_sequences=task.per_step),
-            keras.layers.Dense(task.outputs, activation=task.output_activation),
-        ]
-    )
+    with default_seeds_from(seed):
+        model = remedy.make_model(
+            [
+                keras.layers.Input((task.timesteps, task.features)),
+                remedy.make_layer(settings.units, task.timesteps, return_sequences=task.per_step),
+                keras.layers.Dense(task.outputs, activation=task.output_activation),
+            ]
+        )
     clipping = remedy.clipping
     model.compile(
         keras.optimizers.SGD(
