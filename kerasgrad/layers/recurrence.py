@@ -262,26 +262,36 @@ def _back_propagate(g, return_sequences, s, mask, activation, step, with_λ, gat
     _, batch, units = s.shape
     derivative = DERIVATIVE_AT_OUTPUT[activation]
 
-    # s_t goes from one round of the loop to the next: taken out of s again, it would be, by XLA,
-    # for every single number that is computed from it.
-    def body(t, s_t, from_later, kept, *λ):
-        λ_t = g[:, t] + from_later if return_sequences else from_later
-        δ_t = derivative(s_t) * λ_t
-        if mask is not None:
-            δ_t = tf.where(mask[:, t, tf.newaxis], δ_t, tf.zeros_like(δ_t))
-        s_before = tf.gather(s, t)
-        to_earlier, kept_t = step(t, s_before, δ_t)
-        if mask is not None:
-            to_earlier = tf.where(mask[:, t, tf.newaxis], to_earlier, λ_t)
-        λ = [array.write(t, λ_t) for array in λ]
-        return t - 1, s_before, to_earlier, kept.write(t, kept_t), *λ
+    # What goes from one round of the loop to the next: δ_t, and λ_t where a masked step passes it
+    # on. Of each array more that went, XLA would make another pass over the step's numbers.
+    def through_activation(t, λ_t):
+        δ_t = derivative(s[t + 1]) * λ_t
+        if mask is None:
+            return (δ_t,)
+        return tf.where(mask[:, t, tf.newaxis], δ_t, tf.zeros_like(δ_t)), λ_t
 
-    last = tf.zeros_like(s[0]) if return_sequences else g
+    def through_step(t, δ_t, *λ_t):
+        to_earlier, kept_t = step(t, s[t], δ_t)
+        if mask is not None:
+            to_earlier = tf.where(mask[:, t, tf.newaxis], to_earlier, *λ_t)
+        return to_earlier, kept_t
+
+    def body(t, at_t, _, kept, λ):
+        from_later, kept_t = through_step(t, *at_t)
+        λ_before = g[:, t - 1] + from_later if return_sequences else from_later
+        λ = [array.write(t, λ_before) for array in λ]
+        return t - 1, through_activation(t - 1, λ_before), at_t, kept.write(t, kept_t), λ
+
+    λ_T = g[:, T - 1] if return_sequences else g
+    at_T = through_activation(T - 1, λ_T)
     kept = tf.TensorArray(s.dtype, T, element_shape=[batch, *gates, units])
-    λ = [tf.TensorArray(s.dtype, T, element_shape=[batch, units])] if with_λ else []
-    _, _, ds_0, *arrays = tf.while_loop(lambda t, *_: t >= 0, body, (T - 1, s[T], last, kept, *λ))
-    kept, *λ = (array.stack() for array in arrays)
-    return kept, ds_0, *λ
+    λ = [tf.TensorArray(s.dtype, T + 1, element_shape=[batch, units])] if with_λ else []
+    λ = [array.write(T, λ_T) for array in λ]
+    # The last round goes one step too far, and its λ_0 has passed through an activation that s_0
+    # has not: ∂L/∂s_0 is taken from the round before.
+    _, _, at_1, kept, λ = tf.while_loop(lambda t, *_: t >= 0, body, (T - 1, at_T, at_T, kept, λ))
+    ds_0, _ = through_step(0, *at_1)
+    return kept.stack(), ds_0, *(array.stack()[1:] for array in λ)
 
 
 def _swap(array):
