@@ -256,7 +256,7 @@ def _states(x, s_0, mask, step):
 def _back_propagate(g, return_sequences, s, mask, activation, step, with_λ, gates=()):
     """The backward loop; step(t, s_{t-1}, δ_t) is A_tᵀ δ_t and what is kept of the step.
 
-    Returns what was kept, (timesteps, batch, *gates, units); ∂L/∂s_0; and λ where asked for.
+    Returns what was kept, (timesteps, batch, *gates, units); ∂L/∂s_0; where asked for, λ_0 to λ_T.
     """
     T = tf.shape(s)[0] - 1
     _, batch, units = s.shape
@@ -291,7 +291,7 @@ def _back_propagate(g, return_sequences, s, mask, activation, step, with_λ, gat
     # has not: ∂L/∂s_0 is taken from the round before.
     _, _, at_1, kept, λ = tf.while_loop(lambda t, *_: t >= 0, body, (T - 1, at_T, at_T, kept, λ))
     ds_0, _ = through_step(0, *at_1)
-    return kept.stack(), ds_0, *(array.stack()[1:] for array in λ)
+    return kept.stack(), ds_0, *(array.stack() for array in λ)
 
 
 def _swap(array):
@@ -327,7 +327,7 @@ def _explicit(states, gradients, examples, weights, return_sequences, on_state_g
     Args:
         states: from a share of the examples, then the weights, to s_0 to s_T, time first.
         gradients: from g, the states and the same arguments, to ∂L/∂x and ∂L/∂s_0 of the share,
-            its part of ∂L/∂weight of each weight, and [λ] or [].
+            its part of ∂L/∂weight of each weight, and [λ_0 to λ_T] or [].
         examples: x, s_0, and the two masks or None; batch first.
         weights: tensors.
         return_sequences, on_state_gradients: as in `simple_recurrence`.
@@ -348,7 +348,7 @@ def _explicit(states, gradients, examples, weights, return_sequences, on_state_g
             ]
             dx, ds_0, dweights, λ = zip(*parts, strict=True)
             if on_state_gradients is not None:
-                λ = tf.concat([λ for (λ,) in λ], axis=1)
+                λ = tf.concat([λ[1:] for (λ,) in λ], axis=1)
                 on_state_gradients(_of_shape(λ, [timesteps, batch, units]))
             dweights = [tf.add_n(parts) for parts in zip(*dweights, strict=True)]
             inputs, dinputs = [x, s_0, *weights], [tf.concat(dx, 0), tf.concat(ds_0, 0), *dweights]
