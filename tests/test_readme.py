@@ -18,44 +18,29 @@ def block(language, number=0):
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)[number]
 
 
-# Each example from a fresh start, in one process: to import TensorFlow takes longer than they do.
-RUN = """
-import sys
-import keras
-
-for code in sys.argv[1:]:
-    keras.utils.clear_session()  # Keras's names begin anew.
-    print("example", flush=True)
-    exec(code, {"__name__": "__main__"})
-"""
-
-
-def printed_by(*codes):
-    """What each prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, *codes],
+def printed_by(code):
+    return subprocess.run(
+        [sys.executable, "-c", code],
         env=os.environ | {"MPLBACKEND": "agg"},
         capture_output=True,
         text=True,
         timeout=300,
         check=True,
-    )
-    return done.stdout.split("example\n")[1:]
+    ).stdout
 
 
 def without_times(text):
     return re.sub(r"\d+m?s(/step)? - ", "", text).replace("- -", "-").splitlines()
 
 
-def test_the_examples_print_what_the_readme_shows():
-    # (which block of Python, which block of text): recording, comparing, through time.
-    blocks = [(0, 0), (1, 2), (3, 3)]
-    printed = printed_by(*(block("python", code) for code, _ in blocks))
-    for (_, text), output in zip(blocks, printed, strict=True):
-        assert_same_but_for_rounding(without_times(output), without_times(block("text", text)))
-
-
-def assert_same_but_for_rounding(now, shown):
+# (which block of Python, which block of text)
+@pytest.mark.parametrize(
+    ("code", "text"), [(0, 0), (1, 2), (3, 3)], ids=["recording", "comparing", "through time"]
+)
+def test_an_example_prints_what_the_readme_shows(code, text):
+    shown, now = (
+        without_times(t) for t in (block("text", text), printed_by(block("python", code)))
+    )
     # Word for word, apart from the numbers.
     assert [NUMBER.sub("#", line) for line in now] == [NUMBER.sub("#", line) for line in shown]
     for line, other in zip(now, shown, strict=True):
