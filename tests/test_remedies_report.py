@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 import re
@@ -174,8 +175,10 @@ def test_the_report_tells_table_settings_versions_seeds_and_failures(study):
 
 def test_a_comparison_of_one_run_has_a_report_too(study, tmp_path):
     (one, *_) = study.runs
-    result = Comparison(study.task, study.settings, [one], [], {"good": Remedy("")})
+    one = dataclasses.replace(one, remedy="good/better")  # No name of a file.
+    result = Comparison(study.task, study.settings, [one], [], {"good/better": Remedy("")})
     result.save(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.npz")] == ["good_better.npz"]
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.tags.count("img") == 3
     assert "0/1" in page.text

@@ -79,7 +79,9 @@ def compare(
         resume: take the runs that are kept there, where task, remedy, settings and versions are
             the same, and train only the others. Otherwise all are trained, and each replaces its
             earlier self when it has ended; no other file is touched.
-        verbose: 1 shows progress, 0 nothing.
+        verbose: 1 shows one bar for all trainings, with the time that has passed and that is left;
+            0 nothing. Of a training in another process nothing is heard until it ends: the bar
+            moves by the time that others took.
         **settings: the fields of `Settings`: units, batch_size, steps, learning_rate, momentum,
             clipnorm, global_clipnorm, clipvalue.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -344,7 +345,8 @@ class Comparison:
         several_seeds = len(self.seeds) > 1
         for run in self.chosen_runs:
             seed = f"-seed{run.seed}" if several_seeds else ""
-            run.history.save(folder / f"{run.remedy}{seed}.npz")
+            name = re.sub(r'[<>:"/\\|?*]', "_", run.remedy)  # No file has these in its name.
+            run.history.save(folder / f"{name}{seed}.npz")
         if not self.runs:
             return
         rows = [row | {"findings": "; ".join(map(str, row["findings"]))} for row in self.rows()]

@@ -14,10 +14,9 @@ import joblib
 import keras
 import numpy as np
 import tensorflow as tf
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kerasgrad.remedies.kept import KeptRuns, fingerprint, versions
+from kerasgrad.remedies.progress import StudyProgress
 from kerasgrad.remedies.remedy import Remedy
 from kerasgrad.remedies.training import FailedRun, Run, Settings, hold_out_validation, train
 from kerasgrad.tasks import Task
@@ -99,12 +98,12 @@ class Study:
         left = [planned for planned in self.plan if planned not in found]
         steps = self.settings.epochs(task.samples) * ceil(task.samples / self.settings.batch_size)
         yield from found.values()
-        with _StudyProgress(self.plan, len(left), steps, disable=not self.verbose) as progress:
+        with StudyProgress(self.plan, left, steps, disable=not self.verbose) as progress:
             for run in _in_parallel(self._call(task, validation), left, self.jobs, progress):
                 planned = PlannedRun(run.remedy, run.seed, run.learning_rate)
                 if planned in paths:
                     kept.save(paths[planned], run)
-                progress.end_run(len(run.history) if isinstance(run, Run) else 0)
+                progress.end_run(planned, len(run.history) if isinstance(run, Run) else 0)
                 yield run
 
     def _kept_paths(self, task, validation):
@@ -157,6 +156,7 @@ def _results(call, planned_runs, jobs, progress):
     _progress = progress
     try:
         parallel = joblib.Parallel(n_jobs=_n_jobs(jobs), return_as="generator_unordered")
+        progress.begin(min(len(planned_runs), joblib.effective_n_jobs(_n_jobs(jobs))))
         yield from parallel(map(call, planned_runs))
     finally:
         _progress = None
@@ -168,7 +168,7 @@ def _n_jobs(jobs):
 
 
 # The study's progress where a training runs in the very process of the study, and None elsewhere.
-_progress: _StudyProgress | None = None
+_progress: StudyProgress | None = None
 
 # Keras's random numbers are the process's, not the thread's: of the threads that a cluster's worker
 # may have, one trains at a time.
@@ -218,58 +218,6 @@ def _limit_threads(threads):
         tf.config.threading.set_inter_op_parallelism_threads(threads)
     except RuntimeError:
         pass  # TensorFlow runs already: in a worker of an earlier run, with its threads.
-
-
-class _StudyProgress:
-    """One bar for a whole study, on standard error."""
-
-    def __init__(self, plan: Sequence[PlannedRun], left: int, steps: int, *, disable: bool):
-        self._total, self._ended, self._steps = len(plan), len(plan) - left, steps
-        self._counted = 0  # steps of the run that is in this process
-        self._several_seeds = len({planned.seed for planned in plan}) > 1
-        self._several_rates = len({planned.learning_rate for planned in plan}) > 1
-        self._progress = Progress(
-            TextColumn("{task.description}", justify="left", markup=False),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[runs]} runs, {task.completed:.0f}/{task.total:.0f} steps"),
-            TextColumn("{task.fields[loss]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=disable,
-            # A step may be a run of minutes, and time left is told from those of this window.
-            speed_estimate_period=3600,
-        )
-        self._bar = self._progress.add_task("", total=left * steps, runs=self._runs(), loss="")
-
-    def begin_run(self, planned: PlannedRun) -> None:
-        """A run of this process begins."""
-        description = planned.remedy
-        description += f", seed {planned.seed}" if self._several_seeds else ""
-        description += f", rate {planned.learning_rate:g}" if self._several_rates else ""
-        self._progress.update(self._bar, description=description)
-
-    def step(self, loss: float) -> None:
-        """A step of this process's run has ended."""
-        self._counted += 1
-        self._progress.update(self._bar, advance=1, loss=f"loss {loss:.4g}")
-
-    def end_run(self, steps: int) -> None:
-        """A run has ended, here or elsewhere, after so many steps."""
-        self._ended += 1
-        # A run that ended early is not one that went fast.
-        total = self._progress.tasks[self._bar].total - (self._steps - steps)
-        advance, self._counted = steps - self._counted, 0
-        self._progress.update(self._bar, total=total, advance=advance, runs=self._runs())
-
-    def _runs(self):
-        return f"{self._ended}/{self._total}"
-
-    def __enter__(self) -> _StudyProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
 
 
 def seeds_of(seeds: int | Sequence[int]) -> tuple[int, ...]:
