@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 if TYPE_CHECKING:
     from kerasgrad.remedies.study import PlannedRun
@@ -42,9 +43,9 @@ class StudyProgress(Progress):
     ):
         super().__init__(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[counts]}"),
-            TextColumn("{task.fields[loss]}"),
+            # A column that may shrink would, to nothing, before a text is cut.
+            BarColumn(10, table_column=Column(width=10)),
+            TextColumn("{task.fields[runs]}"),
             TextColumn("{task.fields[times]}", style="progress.remaining"),
             console=Console(stderr=True),
             disable=disable,
@@ -58,8 +59,7 @@ class StudyProgress(Progress):
         self._begun: dict[PlannedRun, float] = {}  # when each of the running ones did
         self._took: dict[PlannedRun, float] = {}  # seconds of each that has ended
         self._here: _RunHere | None = None
-        self._steps_ended, self._steps_in_all = 0, len(left) * steps
-        self._bar = self.add_task("", total=len(left), counts="", loss="", times="")
+        self._bar = self.add_task("", total=len(left), runs="", times="")
 
     def begin(self, at_a_time: int) -> None:
         """The runs that are left begin, so many at a time."""
@@ -71,26 +71,21 @@ class StudyProgress(Progress):
     def begin_run(self, planned: PlannedRun) -> None:
         """A run begins, in this process."""
         self._here = _RunHere(planned, begun=self.get_time())
-        description = planned.remedy
-        description += f", seed {planned.seed}" if self._several_seeds else ""
-        description += f", rate {planned.learning_rate:g}" if self._several_rates else ""
-        self.update(self._bar, description=description)
+        self.update(self._bar, description=self._name(planned))
 
     def step(self, loss: float) -> None:
         """A step of this process's run has ended."""
         here, now = self._here, self.get_time()
         first = here.first if here.steps else now
         self._here = replace(here, steps=here.steps + 1, first=first, last=now)
-        self.update(self._bar, loss=f"loss {loss:.4g}")
+        if not (self._several_seeds or self._several_rates):  # In 80 columns there is room for one.
+            self.update(self._bar, description=f"{self._name(here.planned)}, loss {loss:.4g}")
 
-    def end_run(self, planned: PlannedRun, steps: int) -> None:
-        """A run has ended, here or elsewhere, after so many steps."""
+    def end_run(self, planned: PlannedRun) -> None:
+        """A run has ended, here or elsewhere."""
         self._took = self._took | {planned: self._elapsed(planned)}
         self._left = tuple(other for other in self._left if other != planned)
         self._here = None
-        self._steps_ended += steps
-        # A run that ended early has no steps left.
-        self._steps_in_all -= self._steps - steps
         self._begin_next()
 
     def seconds_left(self) -> float | None:
@@ -106,17 +101,21 @@ class StudyProgress(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """What rich draws, several times a second."""
         for bar in self.tasks:  # None yet where rich draws for the first time.
-            here, expected = self._here, self._expected()
+            expected = self._expected()
             running = sum(self._elapsed(p) / expected[p] for p in self._begun if p in expected)
             self.update(
                 bar.id,
                 # Expectations grow, too: the bar waits then, and does not go back.
                 completed=max(bar.completed, len(self._took) + running),
-                counts=f"{self._in_all - len(self._left)}/{self._in_all} runs, "
-                f"{self._steps_ended + (here.steps if here else 0)}/{self._steps_in_all} steps",
+                runs=f"{self._in_all - len(self._left)}/{self._in_all} runs",
                 times=f"{_clock(bar.elapsed)}, {_clock(self.seconds_left())} left",
             )
         yield from super().get_renderables()
+
+    def _name(self, planned):
+        seed = f", seed {planned.seed}" if self._several_seeds else ""
+        rate = f", rate {planned.learning_rate:g}" if self._several_rates else ""
+        return f"{planned.remedy}{seed}{rate}"
 
     def _begin_next(self):
         now = self.get_time()

@@ -103,7 +103,7 @@ class Study:
                 planned = PlannedRun(run.remedy, run.seed, run.learning_rate)
                 if planned in paths:
                     kept.save(paths[planned], run)
-                progress.end_run(planned, len(run.history) if isinstance(run, Run) else 0)
+                progress.end_run(planned)
                 yield run
 
     def _kept_paths(self, task, validation):
