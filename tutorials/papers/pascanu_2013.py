@@ -10,15 +10,15 @@
 # regularizer Ω. Their figure 7 shows the success rate by T: it falls as T grows, later with
 # clipping than without, and latest with Ω.
 #
-# All of this was checked against the paper's text, and against the authors' code
+# All but the figure's curves was checked against the paper's text, and against the authors' code
 # (github.com/pascanur/trainingRNNs). The code tells that the 0.01 and 0.1 of the paper's N(0, 0.01)
 # and N(0, 0.1) are standard deviations. The two differ thrice: α is 4 for Ω in the paper, and 2 in
 # the code; a run of the code ends without a single error among the 10 000, not at 1 %; and its
-# second symbol comes between 5 T/10 and 6 T/10, where the paper says "middle" and the task here, as
-# the paper's supplement, has 4 T/10 to 5 T/10.
+# second symbol comes between 5 T/10 and 6 T/10, where the paper's text has just "middle", and the
+# task here 4 T/10 to 5 T/10.
 #
-# **Ours, scaled down.** The same network, learning rate, batch size, threshold, the paper's task
-# and criterion, the code's Ω (equation 10, α = 2), the three starts, T = 10 to 50. Three runs each
+# **Ours, scaled down.** The same network, learning rate, batch size, threshold, the paper's
+# criterion, the code's Ω (equation 10, α = 2), the three starts, T = 10 to 50. Three runs each
 # instead of five; at most 6000 steps instead of 5 million, which is what 20 minutes on two cores
 # allow: a step takes about 2 ms. The training set is 10 000 sequences, gone through anew each 500
 # steps, after which the criterion is checked; theirs are always fresh, and checked each 20 steps.
