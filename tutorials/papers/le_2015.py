@@ -14,17 +14,21 @@
 # has a loss below 0.1 after 1.39 million sequences at T = 150, which is 87 000 steps. The grid and
 # the figure are told from memory.
 #
-# **Ours, scaled down.** 100 units, batches of 16, T = 50, 100, 150, and the part of the grid in
-# which thousands of steps can lead anywhere: learning rates 0.001, 0.01, 0.1, clipping of the whole
-# gradient at 1 and 10, forget biases 1 and 4. The grid is searched at T = 50 with one seed and 2500
-# steps, by the loss on a fifth of the training sequences that is held out; a run that diverged
-# counts as Inf, and of equals the first is taken. The setting of a network holds for each T. Then
-# three runs at each T, with other seeds and other data, at most 8000 steps where the paper has
-# millions, which is why SGD has a momentum of 0.9 here: a learning rate of 0.01 then moves as far
-# as the paper's 0.1. That is what 20 minutes on two cores allow: at T = 150 a step takes 3.5 ms,
-# and 19 ms with the LSTM. The training set is 8000 sequences, gone through anew each 500 steps. A
-# training ends when the test loss is below 0.01. The tanh network starts from Glorot's random
-# weights, the output layer of each as Keras's does.
+# **Ours, scaled down.** 100 units, batches of 16, T = 50, and the part of the grid in which
+# thousands of steps can lead anywhere: learning rates 0.001, 0.01, 0.1, clipping of the whole
+# gradient at 1 and 10, forget biases 1 and 4. The grid is searched with one seed and 2500 steps, by
+# the loss on a fifth of the training sequences that is held out; a run that diverged counts as Inf,
+# and of equals the first is taken. Then three runs of each network at its setting, with other seeds
+# and other data, at most 8000 steps where the paper has millions, which is why SGD has a momentum
+# of 0.9 here: a learning rate of 0.01 then moves as far as the paper's 0.1. The training set is
+# 8000 sequences, gone through anew each 500 steps. A training ends when the test loss is below
+# 0.01. The tanh network starts from Glorot's random weights, the output layer of each as Keras's
+# does.
+#
+# **T = 100 and 150** were set before the run, too, and were cut for want of time before any of
+# their results was seen. A step takes 2.0 ms at T = 50 and 3.5 ms at T = 150, with the LSTM 7.6 and
+# 19 ms: with the three lengths the script takes 17 minutes on two idle cores by that count. Add
+# them to "timesteps": nothing else changes, and finished runs are not repeated.
 #
 # An earlier form of this script had T = 30 and 50, one learning rate, and one clipping; its runs at
 # T = 50 were seen before the grid was set.
@@ -61,7 +65,7 @@ SETTINGS = {
     "grid_timesteps": 10 if script.quick else 50,
     "grid_seed": 40,
     "grid_steps": 4 if script.quick else 2500,
-    "timesteps": [10] if script.quick else [50, 100, 150],
+    "timesteps": [10] if script.quick else [50],
     "seeds": [41] if script.quick else [41, 42, 43],
     "steps": 4 if script.quick else 8000,
     "training_sequences": 64 if script.quick else 8000,
