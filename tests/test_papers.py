@@ -220,8 +220,33 @@ def test_pascanu_by_hand():
 
 
 def test_le_by_hand():
-    """The grid is whole, the setting is its best, and the verdicts follow from the runs."""
+    """The medians, intervals and verdicts follow from the runs."""
     found = RECORDS["le_2015"]
+    settings = found["settings"]
+    losses = {}
+    for network in ("tanh", "IRNN", "LSTM"):
+        for timesteps in settings["timesteps"]:
+            mine = [
+                made
+                for made in found["runs"]
+                if (made["remedy"], made["timesteps"]) == (network, timesteps)
+            ]
+            assert [made["seed"] for made in mine] == settings["seeds"]
+            losses[network, timesteps] = spread(made["test_loss"] for made in mine)
+    pairs = [
+        (timesteps, *pair)
+        for timesteps in settings["timesteps"]
+        for pair in (("tanh", "IRNN", apart_or_larger), ("IRNN", "LSTM", not_larger))
+    ]
+    for claim, (timesteps, first, second, rule) in zip(found["claims"], pairs, strict=True):
+        one, other = losses[first, timesteps], losses[second, timesteps]
+        assert claim["our_number"] == f"test loss {first} {shown(one)}, {second} {shown(other)}"
+        assert claim["verdict"] == rule(one, other)
+
+
+def test_le_grid_by_hand():
+    """The grid is whole, the setting is its best, and the verdicts follow from the runs."""
+    found = RECORDS["le_2015_grid"]
     settings = found["settings"]
     grid = [made for made in found["runs"] if made["stage"] == "grid"]
     results = [made for made in found["runs"] if made["stage"] == "result"]
@@ -320,6 +345,16 @@ def test_what_the_readme_says_of_the_accuracies():
         ]
         assert len(accuracies) == 18
         assert np.median(accuracies) == pytest.approx(expected, abs=0.005)
+
+
+def test_what_the_readme_says_of_the_grid():
+    found = RECORDS["le_2015_grid"]
+    grid = [made for made in found["runs"] if made["stage"] == "grid"]
+    losses = [math.inf if made["diverged"] else made["validation_loss"] for made in grid]
+    assert len(losses) == 24
+    assert min(losses) == pytest.approx(0.164, abs=0.0005)
+    rates = {made["remedy"]: made["learning_rate"] for made in found["runs"] if made not in grid}
+    assert rates == {"tanh": 0.01, "IRNN": 0.001, "LSTM, forget bias 4": 0.001}
 
 
 def test_what_the_readme_says_of_the_gates():
