@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -64,7 +65,7 @@ def test_short_form(script, tmp_path):
     done = run(script, "--quick", "--out", out, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in out.iterdir()] == [f"{script.stem}.json"]
+    assert {path.name for path in out.iterdir()} - {f"{script.stem}.png"} == {f"{script.stem}.json"}
     found = json.loads((out / f"{script.stem}.json").read_text(encoding="utf-8"))
     assert found["quick"] is True
     assert found["runs"] and found["settings"] and found["claims"]
@@ -150,32 +151,210 @@ def test_record_is_of_the_script_as_it_is(script):
     assert found["settings"] == settings
     assert {"keras", "tensorflow", "numpy"} <= set(found["versions"])
     if "seeds" in settings:
-        assert {made["seed"] for made in found["runs"] if "seed" in made} == set(settings["seeds"])
+        seeds = {made["seed"] for made in found["runs"] if "seed" in made}
+        assert seeds == {*settings["seeds"], *{settings.get("grid_seed", settings["seeds"][0])}}
+
+
+def apart_or_larger(first, second):
+    """The verdict on "the first is larger", of (low, value, high) each."""
+    if first[0] > second[2]:
+        return record.AGREES
+    return record.IN_DIRECTION if first[1] > second[1] else record.DOES_NOT
+
+
+def not_larger(first, second):
+    """The verdict on "the first is no larger", of (low, value, high) each."""
+    if first[1] <= second[1]:
+        return record.AGREES
+    return record.IN_DIRECTION if first[0] <= second[2] else record.DOES_NOT
+
+
+def spread(values):
+    """(low, median, high) of three runs, whose bootstrap interval spans them all."""
+    low, median, high = sorted(map(float, values))
+    return low, median, high
+
+
+def shown(number):
+    low, value, high = number
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def test_pascanu_by_hand():
-    """The rates of the table from the runs of the record, by hand."""
+    """Each rate, interval and verdict of the table from the runs, Wilson's interval by SciPy."""
+    binomtest = pytest.importorskip("scipy.stats").binomtest
     found = RECORDS["pascanu_2013"]
-    rates = {}
-    for training in ("SGD", "clipped", "clipped and Ω"):
-        mine = [made for made in found["runs"] if made["remedy"].endswith(f", {training}")]
-        assert len(mine) == 2 * 3 * len(found["settings"]["timesteps"])
-        rates[training] = np.mean([made["test_accuracy"] > 0.99 for made in mine])
-    first = found["claims"][1]
-    one, other = re.findall(r"([\d.]+) \[", first["our_number"])
-    assert float(one) == pytest.approx(rates["clipped and Ω"], abs=0.005)
-    assert float(other) == pytest.approx(rates["clipped"], abs=0.005)
+    settings, runs = found["settings"], found["runs"]
+    starts, trainings = ("sigmoid", "tanh", "smart tanh"), ("SGD", "clipped", "clipped and Ω")
+    cells = [(made["remedy"], made["timesteps"], made["seed"]) for made in runs]
+    assert sorted(cells) == sorted(
+        (f"{start}, {training}", timesteps, seed)
+        for start in starts
+        for training in trainings
+        for timesteps in settings["timesteps"]
+        for seed in settings["seeds"]
+    )
+    for made in runs:
+        assert made["success"] == (made["test_accuracy"] > settings["success_accuracy"])
+        assert made["success"] or made["diverged"] or made["steps"] == settings["steps"]
+
+    def rate(training, start):
+        mine = [
+            made["success"]
+            for made in runs
+            if made["remedy"] in {f"{each}, {training}" for each in start}
+        ]
+        result = binomtest(sum(mine), len(mine))
+        low, high = result.proportion_ci(method="wilson")
+        return low, result.statistic, high
+
+    pairs = [
+        ("clipped", "SGD", starts),
+        ("clipped and Ω", "clipped", starts),
+        *(("clipped and Ω", "SGD", start) for start in (starts, *([each] for each in starts))),
+    ]
+    for claim, (first, second, start) in zip(found["claims"], pairs, strict=True):
+        one, other = rate(first, start), rate(second, start)
+        assert claim["our_number"] == f"success rate {shown(one)}, against {shown(other)}"
+        assert claim["verdict"] == apart_or_larger(one, other)
+
+
+def test_le_by_hand():
+    """The medians, intervals and verdicts follow from the runs."""
+    found = RECORDS["le_2015"]
+    settings = found["settings"]
+    losses = {}
+    for network in ("tanh", "IRNN", "LSTM"):
+        for timesteps in settings["timesteps"]:
+            mine = [
+                made
+                for made in found["runs"]
+                if (made["remedy"], made["timesteps"]) == (network, timesteps)
+            ]
+            assert [made["seed"] for made in mine] == settings["seeds"]
+            losses[network, timesteps] = spread(made["test_loss"] for made in mine)
+    pairs = [
+        (timesteps, *pair)
+        for timesteps in settings["timesteps"]
+        for pair in (("tanh", "IRNN", apart_or_larger), ("IRNN", "LSTM", not_larger))
+    ]
+    for claim, (timesteps, first, second, rule) in zip(found["claims"], pairs, strict=True):
+        one, other = losses[first, timesteps], losses[second, timesteps]
+        assert claim["our_number"] == f"test loss {first} {shown(one)}, {second} {shown(other)}"
+        assert claim["verdict"] == rule(one, other)
+
+
+def test_le_grid_by_hand():
+    """The grid is whole, the setting is its best, and the verdicts follow from the runs."""
+    found = RECORDS["le_2015_grid"]
+    settings = found["settings"]
+    grid = [made for made in found["runs"] if made["stage"] == "grid"]
+    results = [made for made in found["runs"] if made["stage"] == "result"]
+    remedies = ["tanh", "IRNN", *(f"LSTM, forget bias {b:g}" for b in settings["forget_biases"])]
+    assert sorted((made["remedy"], made["learning_rate"], made["clip"]) for made in grid) == sorted(
+        itertools.product(remedies, settings["learning_rates"], settings["clips"])
+    )
+    losses = {}
+    for network in ("tanh", "IRNN", "LSTM"):
+        mine = [made for made in grid if made["remedy"].startswith(network)]
+        tried = [math.inf if made["diverged"] else made["validation_loss"] for made in mine]
+        best = mine[int(np.argmin(tried))]
+        for timesteps in settings["timesteps"]:
+            made = [
+                run
+                for run in results
+                if run["remedy"].startswith(network) and run["timesteps"] == timesteps
+            ]
+            assert [run["seed"] for run in made] == settings["seeds"]
+            for run in made:
+                for key in ("remedy", "learning_rate", "clip"):
+                    assert run[key] == best[key]
+            losses[network, timesteps] = spread(run["test_loss"] for run in made)
+    pairs = [
+        (timesteps, *pair)
+        for timesteps in settings["timesteps"]
+        for pair in (("tanh", "IRNN", apart_or_larger), ("IRNN", "LSTM", not_larger))
+    ]
+    for claim, (timesteps, first, second, rule) in zip(found["claims"], pairs, strict=True):
+        one, other = losses[first, timesteps], losses[second, timesteps]
+        assert claim["our_number"] == f"test loss {first} {shown(one)}, {second} {shown(other)}"
+        learned = min(one[1], other[1]) <= settings["learned_below"]
+        assert claim["verdict"] == (rule(one, other) if learned else record.DOES_NOT)
+
+
+def test_gates_by_hand():
+    """Quality: the worst verdict of three tasks. Speed: the median ratio, in direction at most."""
+    found = RECORDS["gates_from_the_input"]
+    chosen = [made for made in found["runs"] if made.get("chosen")]
+
+    def losses(task, cell):
+        mine = [made for made in chosen if (made["task"], made["remedy"]) == (task, cell)]
+        return spread(made["test_loss"] for made in mine)
+
+    order = (record.AGREES, record.IN_DIRECTION, record.DOES_NOT)
+    cells = ("T-RNN", "minLSTM", "article's cell")
+    for claim, cell in zip(found["claims"][:3], cells, strict=True):
+        told = []
+        for task in ("adding", "copying", "digits"):
+            one, other = losses(task, cell), losses(task, "LSTM")
+            told.append(not_larger(one, other))
+            assert (
+                f"{task} test loss {shown(one)}, LSTM {shown(other)} ({told[-1]})"
+                in (claim["our_number"])
+            )
+        assert claim["setting"].startswith(f"{cell}:")
+        assert claim["verdict"] == max(told, key=order.index)
+    timings = {made["timesteps"]: made for made in found["runs"] if "seconds_lstm" in made}
+    assert list(timings) == found["settings"]["speed_timesteps"]
+    for claim in found["claims"][3:]:
+        text = claim["our_number"]
+        numbers = re.findall(r"T = (\d+): ([\d.]+) \[([\d.]+), ([\d.]+)\]", text)
+        assert [int(timesteps) for timesteps, *_ in numbers] == list(timings)
+        for timesteps, ratio, low, high in numbers:
+            made = timings[int(timesteps)]
+            ratios = np.divide(made["seconds_lstm"], made["seconds_article"])
+            assert float(ratio) == pytest.approx(np.median(ratios), rel=0.005)
+            assert ratios.min() <= float(low) * 1.005 and float(high) <= ratios.max() * 1.005
+        expected = record.IN_DIRECTION if float(low) > 1 else record.DOES_NOT
+        assert claim["verdict"] == expected
+
+
+def test_baselines_by_hand():
+    found = RECORDS["baselines"]
+    for claim, task in zip(found["claims"], ("copying", "adding"), strict=True):
+        mine = [made for made in found["runs"] if made["task"] == task]
+        assert [made["timesteps"] for made in mine] == found["settings"][f"{task}_timesteps"]
+        for made in mine:
+            closed = 10 * math.log(8) / (made["timesteps"] + 20) if task == "copying" else 1 / 6
+            assert made["closed_form"] == pytest.approx(closed, rel=1e-12)
+        within = all(made["low"] <= made["closed_form"] <= made["high"] for made in mine)
+        assert claim["verdict"] == (record.AGREES if within else record.DOES_NOT)
 
 
 def test_what_the_readme_says_of_the_accuracies():
-    for training, expected in (("SGD", 0.25), ("clipped", 0.5), ("clipped and Ω", 0.95)):
+    runs = RECORDS["pascanu_2013"]["runs"]
+    sigmoid = [made for made in runs if made["remedy"].startswith("sigmoid")]
+    assert len(sigmoid) == 45
+    assert not any(made["success"] for made in sigmoid)
+    assert max(made["test_accuracy"] for made in sigmoid) == pytest.approx(0.44, abs=0.005)
+    for training, expected in (("SGD", 0.25), ("clipped", 0.5), ("clipped and Ω", 0.91)):
         accuracies = [
             made["test_accuracy"]
-            for made in RECORDS["pascanu_2013"]["runs"]
-            if made["remedy"].endswith(f", {training}") and made["timesteps"] > 20
+            for made in runs
+            if made["remedy"].endswith(f"tanh, {training}") and made["timesteps"] > 20
         ]
-        assert len(accuracies) == 12
-        assert np.median(accuracies) == pytest.approx(expected, abs=0.0051)
+        assert len(accuracies) == 18
+        assert np.median(accuracies) == pytest.approx(expected, abs=0.005)
+
+
+def test_what_the_readme_says_of_the_grid():
+    found = RECORDS["le_2015_grid"]
+    grid = [made for made in found["runs"] if made["stage"] == "grid"]
+    losses = [math.inf if made["diverged"] else made["validation_loss"] for made in grid]
+    assert len(losses) == 24
+    assert min(losses) == pytest.approx(0.164, abs=0.0005)
+    rates = {made["remedy"]: made["learning_rate"] for made in found["runs"] if made not in grid}
+    assert rates == {"tanh": 0.01, "IRNN": 0.001, "LSTM, forget bias 4": 0.001}
 
 
 def test_what_the_readme_says_of_the_gates():
@@ -190,8 +369,13 @@ def test_hochreiter_by_hand():
     counts = [made["sequences"] or math.inf for made in found["runs"]]
     assert len(counts) == 10
     solved, number = found["claims"]
-    assert solved["our_number"].startswith(f"{np.isfinite(counts).sum()} of 10 runs")
+    finite = np.isfinite(counts).sum()
+    assert solved["our_number"].startswith(f"{finite} of 10 runs")
     assert number["our_number"].startswith(f"median {np.median(counts):.0f} ")
+    half = record.IN_DIRECTION if finite >= 5 else record.DOES_NOT
+    assert solved["verdict"] == (record.AGREES if finite == 10 else half)
+    low, high = re.search(r"\[(\d+), (\d+|inf)\]", number["our_number"]).groups()
+    assert number["verdict"] == (record.AGREES if float(low) <= 74_000 <= float(high) else half)
 
 
 def test_table_of_readme_is_that_of_the_records():

@@ -2,12 +2,15 @@
 # # Two baselines, exactly
 #
 # A network that learns nothing about the long lag still learns the best answer that needs no
-# memory, and its loss stays there. Both papers draw this baseline as a line in their figures:
+# memory, and its loss stays there. The paper draws this baseline as a line in its figures:
 #
 # - **Arjovsky, Shah and Bengio (2016)**, copying memory: 10 ln 8/(T + 20) nats a step. The network
 #   writes blanks, and in the recall each of the 8 symbols with probability 1/8.
 # - **Arjovsky, Shah and Bengio (2016)**, adding problem: a mean squared error of 0.167, that of the
 #   constant answer 1, as the sum of two uniform numbers has the variance 2/12 = 1/6.
+#
+# Both were checked against texts that quote the paper: Tallec and Ollivier (2018), "Can recurrent
+# neural networks warp time?", and public re-implementations of its tasks.
 #
 # **Ours.** The same tasks, at the same size: nothing is trained. The loss of the memoryless answer
 # is taken by Keras's own losses over sequences of `kerasgrad.tasks`, and the constant of

@@ -7,8 +7,9 @@
 # have the mark -1, and a marked first number is 0. The target is 0.5 + (X1 + X2)/4. An answer is
 # right if it is off by less than 0.04. A training is over when the mean error is below 0.01 and
 # each of the 2000 most recent sequences was answered right. At T = 100 that took 74 000 sequences,
-# with 4 cells in 2 blocks (93 weights), one sequence a step, plain SGD, gates that see the cells'
-# outputs too.
+# the mean of 10 runs, with 4 cells in 2 blocks (93 weights), one sequence a step, plain SGD with a
+# learning rate of 0.5, gates that see the cells' outputs too. (All of this was checked against the
+# paper's text.)
 #
 # **Ours.** The task, T, and the criterion are the paper's. The cell is the article's: a forget
 # gate, gates that see the input only, no squashing, 16 units (193 weights). It is trained by SGD

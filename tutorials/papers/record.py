@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from kerasgrad.remedies import Comparison
 from kerasgrad.remedies.intervals import median_interval, wilson_interval
 from kerasgrad.remedies.kept import fingerprint, versions
@@ -122,8 +124,14 @@ class Script:
             partial.replace(path)
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def finish(self, settings: dict, runs: Sequence[dict], claims: Sequence[Claim]) -> None:
-        """Print the verdicts, and write settings, versions, every run and the claims."""
+    def finish(
+        self,
+        settings: dict,
+        runs: Sequence[dict],
+        claims: Sequence[Claim],
+        figure: Figure | None = None,
+    ) -> None:
+        """Print the verdicts; write settings, versions, every run, the claims, and the figure."""
         print()
         for claim in claims:
             print(f"{claim.setting}: {claim.papers_number}")
@@ -144,6 +152,8 @@ class Script:
         self._out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(_strict(record), indent=1, ensure_ascii=False)
         (self._out / f"{self.name}.json").write_text(text + "\n", encoding="utf-8")
+        if figure is not None:
+            figure.savefig(self._out / f"{self.name}.png", dpi=120)
 
 
 def rows(comparison: Comparison, **added: Any) -> list[dict]:
