@@ -340,6 +340,28 @@ def test_a_dask_cluster_needs_no_change_of_the_call(tmp_path, one_by_one):
     assert len(list(tmp_path.glob("runs/*.npz"))) == 1
 
 
+class ListsAlone(joblib.parallel.ThreadingBackend):
+    """A backend that cannot hand out results one by one, as Ray's cannot."""
+
+    supports_return_generator = False
+
+
+def test_a_backend_that_hands_out_lists_alone_needs_no_change_of_the_call(tmp_path, one_by_one):
+    joblib.register_parallel_backend("lists_alone", ListsAlone)
+    kept, ended = tmp_path / "runs", []
+
+    def third(units, timesteps, **options):
+        ended.append(len(list(kept.iterdir())))
+        return kg.layers.SimpleRNN(units, **options)
+
+    remedies = {"baseline": kg.remedies.REMEDIES["baseline"], "third": Remedy("", third)}
+    with joblib.parallel_config("lists_alone", n_jobs=2):
+        result = kg.compare(tiny_task(), remedies, seeds=2, folder=tmp_path, **TINY)
+    result.runs = [run for run in result.runs if run.remedy == "baseline"]
+    assert_same_runs(result, one_by_one)
+    assert ended == [2, 2]  # Kept before the third begins.
+
+
 # Runs that fail
 
 

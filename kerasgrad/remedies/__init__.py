@@ -62,6 +62,7 @@ def compare(
     joblib's backend is, as on a cluster:
 
         with joblib.parallel_config("dask"): kg.compare(...)
+        with joblib.parallel_config("ray", n_jobs=-1): kg.compare(...)
 
     A run's numbers do not depend on where and beside what it runs, bit for bit, as long as
     TensorFlow has as many threads there: it splits long sums among them, which rounds otherwise.

@@ -155,9 +155,18 @@ def _results(call, planned_runs, jobs, progress):
     global _progress
     _progress = progress
     try:
-        parallel = joblib.Parallel(n_jobs=_n_jobs(jobs), return_as="generator_unordered")
-        progress.begin(min(len(planned_runs), joblib.effective_n_jobs(_n_jobs(jobs))))
-        yield from parallel(map(call, planned_runs))
+        at_a_time = min(len(planned_runs), joblib.effective_n_jobs(_n_jobs(jobs)))
+        progress.begin(at_a_time)
+        try:
+            parallel = joblib.Parallel(n_jobs=_n_jobs(jobs), return_as="generator_unordered")
+        except ValueError:
+            # Ray's backend hands out its results at the end of a call alone: there is a call for
+            # as many runs as it takes at a time, so that they are kept, and shown, as they finish.
+            for start in range(0, len(planned_runs), at_a_time):
+                some = planned_runs[start : start + at_a_time]
+                yield from joblib.Parallel(n_jobs=_n_jobs(jobs))(map(call, some))
+        else:
+            yield from parallel(map(call, planned_runs))
     finally:
         _progress = None
 
