@@ -219,6 +219,21 @@ def test_pascanu_by_hand():
         assert claim["verdict"] == apart_or_larger(one, other)
 
 
+def assert_le_claims(found, losses):
+    """Numbers and verdicts of the rows, from {(network, timesteps): (low, median, high)}."""
+    settings = found["settings"]
+    pairs = [
+        (timesteps, *pair)
+        for timesteps in settings["timesteps"]
+        for pair in (("tanh", "IRNN", apart_or_larger), ("IRNN", "LSTM", not_larger))
+    ]
+    for claim, (timesteps, first, second, rule) in zip(found["claims"], pairs, strict=True):
+        one, other = losses[first, timesteps], losses[second, timesteps]
+        assert claim["our_number"] == f"test loss {first} {shown(one)}, {second} {shown(other)}"
+        learned = min(one[1], other[1]) <= settings["learned_below"]
+        assert claim["verdict"] == (rule(one, other) if learned else record.DOES_NOT)
+
+
 def test_le_by_hand():
     """The medians, intervals and verdicts follow from the runs."""
     found = RECORDS["le_2015"]
@@ -233,16 +248,7 @@ def test_le_by_hand():
             ]
             assert [made["seed"] for made in mine] == settings["seeds"]
             losses[network, timesteps] = spread(made["test_loss"] for made in mine)
-    pairs = [
-        (timesteps, *pair)
-        for timesteps in settings["timesteps"]
-        for pair in (("tanh", "IRNN", apart_or_larger), ("IRNN", "LSTM", not_larger))
-    ]
-    for claim, (timesteps, first, second, rule) in zip(found["claims"], pairs, strict=True):
-        one, other = losses[first, timesteps], losses[second, timesteps]
-        assert claim["our_number"] == f"test loss {first} {shown(one)}, {second} {shown(other)}"
-        learned = min(one[1], other[1]) <= settings["learned_below"]
-        assert claim["verdict"] == (rule(one, other) if learned else record.DOES_NOT)
+    assert_le_claims(found, losses)
 
 
 def test_le_grid_by_hand():
@@ -271,16 +277,7 @@ def test_le_grid_by_hand():
                 for key in ("remedy", "learning_rate", "clip"):
                     assert run[key] == best[key]
             losses[network, timesteps] = spread(run["test_loss"] for run in made)
-    pairs = [
-        (timesteps, *pair)
-        for timesteps in settings["timesteps"]
-        for pair in (("tanh", "IRNN", apart_or_larger), ("IRNN", "LSTM", not_larger))
-    ]
-    for claim, (timesteps, first, second, rule) in zip(found["claims"], pairs, strict=True):
-        one, other = losses[first, timesteps], losses[second, timesteps]
-        assert claim["our_number"] == f"test loss {first} {shown(one)}, {second} {shown(other)}"
-        learned = min(one[1], other[1]) <= settings["learned_below"]
-        assert claim["verdict"] == (rule(one, other) if learned else record.DOES_NOT)
+    assert_le_claims(found, losses)
 
 
 def test_gates_by_hand():
