@@ -353,6 +353,9 @@ def test_what_the_readme_says_of_the_grid():
     assert min(losses) == pytest.approx(0.164, abs=0.0005)
     rates = {made["remedy"]: made["learning_rate"] for made in found["runs"] if made not in grid}
     assert rates == {"tanh": 0.01, "IRNN": 0.001, "LSTM, forget bias 4": 0.001}
+    longer = [made for made in RECORDS["le_2015"]["runs"] if made["timesteps"] >= 100]
+    assert len(longer) == 2 * 3 * 3
+    assert min(made["test_loss"] for made in longer) > 0.15
 
 
 def test_what_the_readme_says_of_the_gates():

@@ -30,8 +30,8 @@
 # 19 ms: with the three lengths the script takes 17 minutes on two idle cores by that count. Add
 # them to "timesteps": nothing else changes, and finished runs are not repeated.
 #
-# le_2015.py, beside this, has T = 30 and 50 at one learning rate and one clipping, which a pilot
-# gave. Its runs were seen before the grid was set.
+# le_2015.py, beside this, has T = 30 to 150 at one learning rate and one clipping, which a pilot
+# gave. Its runs at T = 30 and 50 were seen before the grid was set.
 #
 # **The rule**, set before the run, for the median test loss at the end and its 95 % bootstrap
 # interval, at each T. "The tanh network's loss is larger than the IRNN's" *agrees* if it is and the
