@@ -657,7 +657,7 @@ def test_progress_goes_to_standard_error_and_can_be_silenced(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     (line,) = err.splitlines()  # One bar for all.
-    assert line.startswith("linear, clipped ━")
+    assert line.startswith("linear, clipped, loss ")
     assert "2/2 runs, 4/4 steps" in line
 
 
