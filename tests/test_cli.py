@@ -26,6 +26,8 @@ REPOSITORY = Path(__file__).parents[1]
 # The command line's 4000 sequences are 4 steps of 1000.
 TINY = ["--timesteps", "5", "--units", "3", "--batch-size", "1000", "--steps", "4"]
 
+DRAW = kerasgrad.remedies.report.draw
+
 
 @pytest.fixture
 def no_training(monkeypatch):
@@ -319,6 +321,7 @@ def test_an_interrupted_comparison_keeps_what_finished_and_goes_on(
 
 
 def test_a_search_of_learning_rates(planted_training, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kerasgrad.remedies.report, "draw", DRAW)
     monkeypatch.setenv("COLUMNS", "120")
     options = ["--learning-rates", "0.3", "0.01", "0.1", "--seeds", "2", "--remedies", "relu"]
     assert main(["compare", *TINY, *options, "--out", str(tmp_path)]) == 0
@@ -330,6 +333,7 @@ def test_a_search_of_learning_rates(planted_training, tmp_path, capsys, monkeypa
     (line,) = (line.split() for line in out.splitlines() if line.startswith("relu "))
     assert line[1] == "0.01"
     assert {path.name for path in tmp_path.glob("*.npz")} == {"relu-seed0.npz", "relu-seed1.npz"}
+    assert (tmp_path / "learning_rates.png").exists()
 
 
 def interrupt(process, times=3, seconds=20):

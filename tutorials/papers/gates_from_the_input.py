@@ -40,7 +40,17 @@ from functools import partial
 import keras
 import numpy as np
 from keras.initializers import Constant
-from record import AGREES, DOES_NOT, IN_DIRECTION, Claim, Estimate, Script, no_larger, rows
+from record import (
+    AGREES,
+    DOES_NOT,
+    IN_DIRECTION,
+    Claim,
+    Estimate,
+    ForgetBias,
+    Script,
+    no_larger,
+    rows,
+)
 
 import kerasgrad as kg
 from kerasgrad.memory import forget_bias_for_horizon
@@ -105,23 +115,6 @@ class InputGatedCell(keras.layers.Layer):
             f, i = f / (f + i), i / (f + i)
         h = f * states[0] + i * self.candidate(x)
         return h, [h]
-
-
-@keras.saving.register_keras_serializable(package="papers")
-class ForgetBias(keras.initializers.Initializer):
-    """The bias of Keras's LSTM: 0, but this number for the forget gate."""
-
-    def __init__(self, bias):
-        self.bias = bias
-
-    def __call__(self, shape, dtype=None):
-        bias = np.zeros(shape)
-        units = shape[0] // 4  # In the order i, f, c, o.
-        bias[units : 2 * units] = self.bias
-        return keras.ops.convert_to_tensor(bias, dtype)
-
-    def get_config(self):
-        return {"bias": self.bias}
 
 
 def input_gated(coupled, units, timesteps, **options):

@@ -33,10 +33,11 @@
 # runs at T = 30 and 50 were seen, and before those at 100 and 150.
 
 # %%
+from functools import partial
+
 import keras
-import numpy as np
 from keras.initializers import RandomNormal
-from record import DOES_NOT, Claim, Estimate, Script, larger, no_larger, rows
+from record import DOES_NOT, Claim, Estimate, Script, UntilSolved, larger, no_larger, rows
 
 import kerasgrad as kg
 from kerasgrad.remedies import Remedy
@@ -58,19 +59,8 @@ SETTINGS = {
 
 
 # %%
-class Until(keras.callbacks.Callback):
-    """Ends a training that has solved the problem."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        if logs["val_loss"] < 0.01:
-            self.model.stop_training = True
-
-
-class UntilSolved(keras.Sequential):
-    """A model that trains until it has solved the problem."""
-
-    def fit(self, *args, callbacks=(), **options):
-        return super().fit(*args, callbacks=[*callbacks, Until()], **options)
+def solved(logs):
+    return logs["val_loss"] < 0.01
 
 
 def irnn(units, timesteps, **options):
@@ -82,13 +72,13 @@ def lstm(units, timesteps, **options):
     return keras.layers.LSTM(units, **options)
 
 
-CLIPS = "global_clipnorm"
+CLIPS, MODEL = "global_clipnorm", partial(UntilSolved, solved=solved)
 REMEDIES = {
     "tanh": Remedy(
-        "tanh", clips=CLIPS, model=UntilSolved, options={"recurrent_initializer": "glorot_uniform"}
+        "tanh", clips=CLIPS, model=MODEL, options={"recurrent_initializer": "glorot_uniform"}
     ),
-    "IRNN": Remedy("IRNN", irnn, CLIPS, model=UntilSolved),
-    "LSTM": Remedy("LSTM", lstm, CLIPS, model=UntilSolved),
+    "IRNN": Remedy("IRNN", irnn, CLIPS, model=MODEL),
+    "LSTM": Remedy("LSTM", lstm, CLIPS, model=MODEL),
 }
 
 # %%
@@ -112,7 +102,7 @@ for timesteps in SETTINGS["timesteps"]:
     runs += rows(result, timesteps=timesteps)
     for row in result.summary():
         mine = [run for run in result.runs if run.remedy == row["remedy"]]
-        loss = Estimate.median([np.inf if run.diverged else run.final_loss for run in mine])
+        loss = Estimate.median([run.ranked_loss for run in mine])
         losses[row["remedy"], timesteps] = loss
         print(
             f"T = {timesteps}, {row['remedy']:5s} test loss {loss}, solved {row['solved']} of "

@@ -49,7 +49,17 @@ import joblib
 import keras
 import numpy as np
 from keras.initializers import RandomNormal
-from record import DOES_NOT, Claim, Estimate, Script, larger, no_larger, rows
+from record import (
+    DOES_NOT,
+    Claim,
+    Estimate,
+    ForgetBias,
+    Script,
+    UntilSolved,
+    larger,
+    no_larger,
+    rows,
+)
 
 import kerasgrad as kg
 from kerasgrad.remedies import Remedy
@@ -76,36 +86,8 @@ SAME = {name: SETTINGS[name] for name in ("units", "batch_size", "momentum")}
 
 
 # %%
-class Until(keras.callbacks.Callback):
-    """Ends a training that has solved the problem."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        if logs["val_loss"] < 0.01:
-            self.model.stop_training = True
-
-
-class UntilSolved(keras.Sequential):
-    """A model that trains until it has solved the problem."""
-
-    def fit(self, *args, callbacks=(), **options):
-        return super().fit(*args, callbacks=[*callbacks, Until()], **options)
-
-
-@keras.saving.register_keras_serializable(package="papers")
-class ForgetBias(keras.initializers.Initializer):
-    """The bias of Keras's LSTM: 0, but this number for the forget gate."""
-
-    def __init__(self, bias):
-        self.bias = bias
-
-    def __call__(self, shape, dtype=None):
-        bias = np.zeros(shape)
-        units = shape[0] // 4  # In the order i, f, c, o.
-        bias[units : 2 * units] = self.bias
-        return keras.ops.convert_to_tensor(bias, dtype)
-
-    def get_config(self):
-        return {"bias": self.bias}
+def solved(logs):
+    return logs["val_loss"] < 0.01
 
 
 def irnn(units, timesteps, **options):
@@ -128,14 +110,14 @@ def adding(timesteps, seed):
     }
 
 
-CLIPS = "global_clipnorm"
+CLIPS, MODEL = "global_clipnorm", partial(UntilSolved, solved=solved)
 REMEDIES = {
     "tanh": Remedy(
-        "tanh", clips=CLIPS, model=UntilSolved, options={"recurrent_initializer": "glorot_uniform"}
+        "tanh", clips=CLIPS, model=MODEL, options={"recurrent_initializer": "glorot_uniform"}
     ),
-    "IRNN": Remedy("IRNN", irnn, CLIPS, model=UntilSolved),
+    "IRNN": Remedy("IRNN", irnn, CLIPS, model=MODEL),
 } | {
-    f"LSTM, forget bias {bias:g}": Remedy("LSTM", partial(lstm, bias), CLIPS, model=UntilSolved)
+    f"LSTM, forget bias {bias:g}": Remedy("LSTM", partial(lstm, bias), CLIPS, model=MODEL)
     for bias in SETTINGS["forget_biases"]
 }
 if script.quick:

@@ -39,7 +39,7 @@ import keras
 import matplotlib.pyplot as plt
 import numpy as np
 from keras.initializers import RandomNormal
-from record import Claim, Estimate, Script, larger, rows
+from record import Claim, Estimate, Script, UntilSolved, larger, rows
 
 import kerasgrad as kg
 from kerasgrad.layers import OmegaSimpleRNN, SimpleRNN
@@ -82,19 +82,8 @@ class SmartStart(keras.initializers.Initializer):
         return {}
 
 
-class Until(keras.callbacks.Callback):
-    """Ends a training that has succeeded."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        if logs["val_accuracy"] > SETTINGS["success_accuracy"]:
-            self.model.stop_training = True
-
-
-class UntilSolved(keras.Sequential):
-    """A model that trains until it has succeeded."""
-
-    def fit(self, *args, callbacks=(), **options):
-        return super().fit(*args, callbacks=[*callbacks, Until()], **options)
+def solved(logs):
+    return logs["val_accuracy"] > SETTINGS["success_accuracy"]
 
 
 def start(name, cls, units, timesteps, **options):
@@ -113,14 +102,14 @@ def start(name, cls, units, timesteps, **options):
 
 STARTS = ["smart tanh"] if script.quick else ["sigmoid", "tanh", "smart tanh"]
 TRAININGS = ("SGD", "clipped", "clipped and Ω")
-REMEDIES = {}
+REMEDIES, MODEL = {}, partial(UntilSolved, solved=solved)
 for name in STARTS:
     plain = partial(start, name, SimpleRNN)
     with_omega = partial(start, name, partial(OmegaSimpleRNN, omega=SETTINGS["omega"]))
     REMEDIES |= {
-        f"{name}, SGD": Remedy(name, plain, model=UntilSolved),
-        f"{name}, clipped": Remedy(name, plain, "global_clipnorm", model=UntilSolved),
-        f"{name}, clipped and Ω": Remedy(name, with_omega, "global_clipnorm", model=UntilSolved),
+        f"{name}, SGD": Remedy(name, plain, model=MODEL),
+        f"{name}, clipped": Remedy(name, plain, "global_clipnorm", model=MODEL),
+        f"{name}, clipped and Ω": Remedy(name, with_omega, "global_clipnorm", model=MODEL),
     }
 
 # %%

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: their arguments, the rules of verdicts, the record.
+"""What the scripts of this folder share: arguments, models, rules of verdicts, the record.
 
 Run by itself it prints the table of README.md, made from results/*.json.
 """
@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import keras
+import numpy as np
 from matplotlib.figure import Figure
 
 from kerasgrad.remedies import Comparison
@@ -61,6 +63,41 @@ class Claim:
     papers_number: str
     our_number: str
     verdict: str
+
+
+class UntilSolved(keras.Sequential):
+    """A model that trains until it has solved the problem, as solved(logs) of an epoch says."""
+
+    def __init__(self, layers: Sequence[keras.Layer], solved: Callable[[dict], bool]):
+        super().__init__(layers)
+        self.solved = solved
+
+    def fit(self, *args: Any, callbacks: Sequence = (), **options: Any) -> keras.callbacks.History:
+        """As Keras's."""
+
+        def on_epoch_end(epoch, logs):
+            if self.solved(logs):
+                self.stop_training = True
+
+        until = keras.callbacks.LambdaCallback(on_epoch_end=on_epoch_end)
+        return super().fit(*args, callbacks=[*callbacks, until], **options)
+
+
+@keras.saving.register_keras_serializable(package="papers")
+class ForgetBias(keras.initializers.Initializer):
+    """The bias of Keras's LSTM: 0, but this number for the forget gate."""
+
+    def __init__(self, bias):
+        self.bias = bias
+
+    def __call__(self, shape, dtype=None):
+        bias = np.zeros(shape)
+        units = shape[0] // 4  # In the order i, f, c, o.
+        bias[units : 2 * units] = self.bias
+        return keras.ops.convert_to_tensor(bias, dtype)
+
+    def get_config(self):
+        return {"bias": self.bias}
 
 
 def larger(first: Estimate, second: Estimate) -> str:
