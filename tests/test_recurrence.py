@@ -255,7 +255,7 @@ def test_recurrent_dropout_equals_finite_differences(activation):
         assert relative_error(gradients[position], difference) < 1e-7
 
 
-@pytest.mark.parametrize("timesteps", [1, 3, 4, 5, 11], ids="T={}".format)
+@pytest.mark.parametrize("timesteps", [4, 11], ids="T={}".format)
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("projected", [False, True], ids=["x itself", "projected"])
 @pytest.mark.parametrize("return_sequences", [False, True], ids=["last state", "every state"])
