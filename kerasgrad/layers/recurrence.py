@@ -199,7 +199,7 @@ def _gated_states(x, s_0, mask, K, activation, projected):
     """s_0 to s_T."""
 
     def step(x_t, s):
-        f, i, c = _gates(x_t, K, s.shape[-1], projected)
+        f, i, c = _gates(x_t, K, tf.shape(s)[1], projected)
         return activation(f * s + i * c)
 
     return _states(x, s_0, mask, step)
@@ -328,7 +328,7 @@ class _Chunk:
     def __init__(self, start, steps, s, x, mask, K, activation, projected):
         self._start, self._steps = start, steps
         self.x = _rows(_swap(_slice(x, 1, start, steps)))
-        self._f, self._i, self._c = _gates(self.x, K, s.shape[2], projected)
+        self._f, self._i, self._c = _gates(self.x, K, tf.shape(s)[2], projected)
         self._s_before = self._of_steps(s)
         self._derivative = DERIVATIVE_AT_OUTPUT[activation](self._of_steps(s, 1))
         to_earlier = self._f * self._derivative
