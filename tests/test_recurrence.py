@@ -265,40 +265,50 @@ def test_chunks_of_steps_give_the_gradients_of_autodiff(
     batch, units = 64, 128
     assert recurrence_module._chunks(11, tf.zeros((12, batch // 2, units)))[1] == 4
     rng = np.random.default_rng(timesteps)
+    mask = tf.constant(rng.random((batch, timesteps)) < 0.7) if masked else None
+    assert_gated_equals_autodiff(
+        batch, timesteps, units, projected, mask=mask, return_sequences=return_sequences
+    )
+
+
+def test_one_process_may_have_gated_recurrences_without_projection_of_any_sizes():
+    for units in (3, 4, 2, 5):
+        assert_gated_equals_autodiff(units + 1, 2 * units, units, projected=False)
+
+
+def assert_gated_equals_autodiff(batch, timesteps, units, projected, **options):
+    """gated_recurrence, and step_by_step under a tape: the same states and gradients."""
+    rng = np.random.default_rng(timesteps)
     features = 3 if projected else units
     shapes = [(batch, timesteps, features), (batch, units)]
     shapes += (2 + projected) * [(features, units)] + 2 * [(units,)]
     tensors = [tf.constant(rng.normal(size=shape) / shape[-1] ** 0.5) for shape in shapes]
-    mask = tf.constant(rng.random((batch, timesteps)) < 0.7) if masked else None
 
     def explicit(x, s_0, *weights):
         *kernels, b_f, b_i = weights
-        return gated_recurrence(
-            x,
-            s_0,
-            kernels,
-            [b_f, b_i],
-            activation=tanh,
-            mask=mask,
-            return_sequences=return_sequences,
-        )
+        return gated_recurrence(x, s_0, kernels, [b_f, b_i], activation=tanh, **options)
 
-    def step_by_step(x, s_0, K_f, K_i, *others):
-        *K_c, b_f, b_i = others
-        states = [s_0]
-        for t in range(timesteps):
-            x_t = x[:, t]
-            f, i = tf.sigmoid(x_t @ K_f + b_f), tf.sigmoid(x_t @ K_i + b_i)
-            s_t = tf.tanh(f * states[-1] + i * (x_t @ K_c[0] if projected else x_t))
-            states.append(s_t if mask is None else tf.where(mask[:, t, None], s_t, states[-1]))
-        return tf.stack(states[1:], axis=1) if return_sequences else states[-1]
+    def plain(*tensors):
+        return step_by_step(*tensors, **options)
 
     states, gradients = zip(
-        *(gradients_of(function, tensors) for function in (explicit, step_by_step)), strict=True
+        *(gradients_of(function, tensors) for function in (explicit, plain)), strict=True
     )
     np.testing.assert_allclose(*states, rtol=1e-12, atol=1e-14)
     for ours, autodiff in zip(*gradients, strict=True):
         np.testing.assert_allclose(ours, autodiff, rtol=1e-9, atol=1e-13)
+
+
+def step_by_step(x, s_0, K_f, K_i, *others, mask=None, return_sequences=True):
+    """The gated recurrence with tanh as it is written; others: K_c where there is one, b_f, b_i."""
+    *K_c, b_f, b_i = others
+    states = [s_0]
+    for t in range(x.shape[1]):
+        x_t = x[:, t]
+        f, i = tf.sigmoid(x_t @ K_f + b_f), tf.sigmoid(x_t @ K_i + b_i)
+        s_t = tf.tanh(f * states[-1] + i * (x_t @ K_c[0] if K_c else x_t))
+        states.append(s_t if mask is None else tf.where(mask[:, t, None], s_t, states[-1]))
+    return tf.stack(states[1:], axis=1) if return_sequences else states[-1]
 
 
 def gradients_of(function, tensors):
