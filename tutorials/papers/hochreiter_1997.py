@@ -26,9 +26,7 @@
 
 # %%
 import math
-import os
 
-import joblib
 import keras
 import numpy as np
 from record import AGREES, DOES_NOT, IN_DIRECTION, Claim, Estimate, Script
@@ -108,11 +106,7 @@ def train(seed, settings):
 
 
 # %%
-os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # Of the processes that joblib starts.
-os.environ["TF_NUM_INTEROP_THREADS"] = "1"
-runs = joblib.Parallel(n_jobs=script.jobs)(
-    joblib.delayed(script.kept)(train, seed, SETTINGS) for seed in SETTINGS["seeds"]
-)
+runs = script.trained(train, [(seed, SETTINGS) for seed in SETTINGS["seeds"]])
 for run in runs:
     print(f"seed {run['seed']}: {run['sequences']}, mean error {run['mean_errors'][-1]:.4f}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import joblib
 import keras
 import numpy as np
 from matplotlib.figure import Figure
@@ -160,6 +162,14 @@ class Script:
             partial.write_text(found, encoding="utf-8")
             partial.replace(path)
         return json.loads(path.read_text(encoding="utf-8"))
+
+    def trained(self, train: Callable[..., dict], calls: Sequence[tuple]) -> list[dict]:
+        """What train returns for each call's arguments, as `kept` gives it, so many at a time."""
+        os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # Of the processes that joblib starts.
+        os.environ["TF_NUM_INTEROP_THREADS"] = "1"
+        return joblib.Parallel(n_jobs=self.jobs)(
+            joblib.delayed(self.kept)(train, *call) for call in calls
+        )
 
     def finish(
         self,
