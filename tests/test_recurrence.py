@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from helpers import EXPLICIT_ACTIVATIONS, MODES, finite_differences, relative_error
 
+from kerasgrad.layers import recurrence as recurrence_module
 from kerasgrad.layers.recurrence import gated_recurrence, is_explicit, simple_recurrence
 
 linear, tanh, relu = (keras.activations.get(name) for name in ("linear", "tanh", "relu"))
@@ -252,6 +253,61 @@ def test_recurrent_dropout_equals_finite_differences(activation):
     for position in (1, 2):
         difference = finite_differences(at_position(loss, arrays, position), arrays[position])
         assert relative_error(gradients[position], difference) < 1e-7
+
+
+@pytest.mark.parametrize("timesteps", [4, 11], ids="T={}".format)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("projected", [False, True], ids=["x itself", "projected"])
+@pytest.mark.parametrize("return_sequences", [False, True], ids=["last state", "every state"])
+def test_chunks_of_steps_give_the_gradients_of_autodiff(
+    timesteps, masked, projected, return_sequences
+):
+    batch, units = 64, 128
+    assert recurrence_module._chunks(11, tf.zeros((12, batch // 2, units)))[1] == 4
+    rng = np.random.default_rng(timesteps)
+    features = 3 if projected else units
+    shapes = [(batch, timesteps, features), (batch, units)]
+    shapes += (2 + projected) * [(features, units)] + 2 * [(units,)]
+    tensors = [tf.constant(rng.normal(size=shape) / shape[-1] ** 0.5) for shape in shapes]
+    mask = tf.constant(rng.random((batch, timesteps)) < 0.7) if masked else None
+
+    def explicit(x, s_0, *weights):
+        *kernels, b_f, b_i = weights
+        return gated_recurrence(
+            x,
+            s_0,
+            kernels,
+            [b_f, b_i],
+            activation=tanh,
+            mask=mask,
+            return_sequences=return_sequences,
+        )
+
+    def step_by_step(x, s_0, K_f, K_i, *others):
+        *K_c, b_f, b_i = others
+        states = [s_0]
+        for t in range(timesteps):
+            x_t = x[:, t]
+            f, i = tf.sigmoid(x_t @ K_f + b_f), tf.sigmoid(x_t @ K_i + b_i)
+            s_t = tf.tanh(f * states[-1] + i * (x_t @ K_c[0] if projected else x_t))
+            states.append(s_t if mask is None else tf.where(mask[:, t, None], s_t, states[-1]))
+        return tf.stack(states[1:], axis=1) if return_sequences else states[-1]
+
+    states, gradients = zip(
+        *(gradients_of(function, tensors) for function in (explicit, step_by_step)), strict=True
+    )
+    np.testing.assert_allclose(*states, rtol=1e-12, atol=1e-14)
+    for ours, autodiff in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, autodiff, rtol=1e-9, atol=1e-13)
+
+
+def gradients_of(function, tensors):
+    """function(*tensors), and the gradients of its weighted sum by each tensor."""
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        output = function(*tensors)
+        loss = tf.reduce_sum(output * tf.cos(tf.range(output.shape[-1], dtype=output.dtype)))
+    return output, tape.gradient(loss, tensors)
 
 
 @RECURRENCES

@@ -27,11 +27,15 @@ A step that the mask leaves out repeats the state, s_t = s_{t-1}, so δ_t = 0 an
 The code below is these lines. It is fast because it keeps little and does little at a step. Φ' is a
 function of s_t alone (1 - s² for tanh), so the forward pass keeps nothing but the states; gates are
 cheaper to compute again than to keep. A step is one matrix product, [x_t, s_{t-1}] times U and W
-stacked, and one pass over its result, which goes in place into one array of all steps: both loops
-are compiled by XLA. The weights' gradients, sums over steps, wait until after the loop and are one
-product. What nobody asks for is not computed: outputs before the last, λ, ∂L/∂x. And the examples
-of a batch do not meet before their gradients are summed: two cores take half of them each. λ, the
-quantity that vanishes or explodes, is there for the taking: `on_state_gradients` receives it.
+stacked, and one pass over its result, which goes in place into one array of all steps: the loops
+are compiled by XLA. The weights' gradients of the simple recurrence, sums over steps, wait until
+after the loop and are one product. The gated recurrence goes back by chunks of steps that a core's
+cache holds. As A_t is diagonal, its loop over single steps is λ_{t-1} = g_{t-1} + f_t Φ'(a_t) λ_t
+and nothing else; the gates before it, and κ and its share of ∂L/∂K after it, are each one pass or
+one product over the whole chunk, and no κ outlives its chunk. What nobody asks for is not computed:
+outputs before the last, ∂L/∂x, and the simple recurrence's λ. And the examples of a batch do not
+meet before their gradients are summed: two cores take half of them each. λ, the quantity that
+vanishes or explodes, is there for the taking: `on_state_gradients` receives it.
 """
 
 from __future__ import annotations
@@ -105,7 +109,7 @@ def simple_recurrence(
         dx = _swap(tf.tensordot(δ, U, axes=[2, 1]))
         dU = _sum_of_products(_swap(x), δ)
         dW = _sum_of_products(_dropped(s[:-1], dropout), δ)
-        return dx, ds_0, [dU, dW], λ
+        return dx, ds_0, [dU, dW], [array[1:] for array in λ]
 
     return _explicit(
         states,
@@ -142,7 +146,6 @@ def gated_recurrence(
         (batch, timesteps, units), the states s_1 to s_T; or (batch, units), s_T.
     """
     projected = len(kernels) == 3
-    units = initial_state.shape[1]
     x, initial_state, *kernels = _tensors(x, initial_state, *kernels)
     kernel = tf.concat(kernels, axis=1)
     if biases is not None:
@@ -154,26 +157,16 @@ def gated_recurrence(
         return _gated_states(x, s_0, mask, K, activation, projected)
 
     def gradients(g, s, x, s_0, mask, _, K):
-        κ, ds_0, *λ = _differentiable_once(
+        dK, ds_0, λ = _differentiable_once(
             lambda g, s, x, s_0, K: _gated_gradients(
-                g,
-                return_sequences,
-                s,
-                x,
-                mask,
-                K,
-                activation,
-                projected,
-                on_state_gradients is not None,
+                g, return_sequences, s, x, mask, K, activation, projected
             )
         )(g, s, x, s_0, K)
-        if projected:
-            dx = tf.tensordot(κ, K, axes=[2, 1])
-        else:
-            κ, dc = κ[..., : 2 * units], κ[..., 2 * units :]
-            dx = tf.tensordot(κ, K, axes=[2, 1])
-            dx += tf.pad(dc, [[0, 0], [0, 0], [0, tf.shape(x)[2] - units]])
-        return _swap(dx), ds_0, [_sum_of_products(_swap(x), κ)], λ
+        # A function of its own: TensorFlow leaves it out where nobody asks for ∂L/∂x.
+        dx = _differentiable_once(
+            lambda λ, s, x, K: _gated_input_gradient(λ, s, x, mask, K, activation, projected)
+        )(λ, s, x, K)
+        return dx, ds_0, [dK], [λ]
 
     return _explicit(
         states,
@@ -192,6 +185,7 @@ _compiled = tf.function(jit_compile=True, reduce_retracing=True, autograph=False
 
 @_compiled
 def _simple_states(x, s_0, mask, dropout, U, W, activation):
+    """s_0 to s_T."""
     U_W = tf.concat([U, W], axis=0)
 
     def step(x_t, s):
@@ -201,41 +195,20 @@ def _simple_states(x, s_0, mask, dropout, U, W, activation):
 
 
 @_compiled
-def _simple_gradients(g, return_sequences, s, mask, dropout, W, activation, with_λ):
-    W_T = tf.transpose(W)
-
-    def step(t, s_before, δ_t):
-        return _dropped(δ_t @ W_T, dropout), δ_t
-
-    return _back_propagate(g, return_sequences, s, mask, activation, step, with_λ)
-
-
-@_compiled
 def _gated_states(x, s_0, mask, K, activation, projected):
+    """s_0 to s_T."""
+
     def step(x_t, s):
-        f, i, c = _gates(x_t, s, K, projected)
+        f, i, c = _gates(x_t, K, s.shape[-1], projected)
         return activation(f * s + i * c)
 
     return _states(x, s_0, mask, step)
 
 
-@_compiled
-def _gated_gradients(g, return_sequences, s, x, mask, K, activation, projected, with_λ):
-    def step(t, s_before, δ_t):
-        f, i, c = _gates(x[:, t], s_before, K, projected)
-        dc = δ_t * i
-        # Beside each other only after the loop: XLA joins columns one number at a time.
-        return f * δ_t, tf.stack([δ_t * s_before * f * (1 - f), dc * c * (1 - i), dc], axis=1)
-
-    κ, *rest = _back_propagate(g, return_sequences, s, mask, activation, step, with_λ, gates=[3])
-    return tf.reshape(κ, tf.concat([tf.shape(κ)[:2], [-1]], axis=0)), *rest
-
-
-def _gates(x_t, s, K, projected):
-    """f_t, i_t and c_t."""
-    units = tf.shape(s)[1]
-    f, i, *c = tf.split(x_t @ K, 3 if projected else 2, axis=1)
-    return tf.sigmoid(f), tf.sigmoid(i), c[0] if projected else x_t[:, :units]
+def _gates(x, K, units, projected):
+    """f, i and c of one step, or of several."""
+    f, i, *c = _by_kernel(x @ K, projected)
+    return tf.sigmoid(f), tf.sigmoid(i), c[0] if projected else x[:, :units]
 
 
 def _states(x, s_0, mask, step):
@@ -253,13 +226,10 @@ def _states(x, s_0, mask, step):
     return tf.while_loop(lambda t, _: t < T, body, (0, states.write(0, s_0)))[1].stack()
 
 
-def _back_propagate(g, return_sequences, s, mask, activation, step, with_λ, gates=()):
-    """The backward loop; step(t, s_{t-1}, δ_t) is A_tᵀ δ_t and what is kept of the step.
-
-    Returns what was kept, (timesteps, batch, *gates, units); ∂L/∂s_0; where asked for, λ_0 to λ_T.
-    """
-    T = tf.shape(s)[0] - 1
-    _, batch, units = s.shape
+@_compiled
+def _simple_gradients(g, return_sequences, s, mask, dropout, W, activation, with_λ):
+    """δ_1 to δ_T; ∂L/∂s_0; where asked for, λ_0 to λ_T."""
+    T, W_T = tf.shape(s)[0] - 1, tf.transpose(W)
     derivative = DERIVATIVE_AT_OUTPUT[activation]
 
     # What goes from one round of the loop to the next: δ_t, and λ_t where a masked step passes it
@@ -271,27 +241,139 @@ def _back_propagate(g, return_sequences, s, mask, activation, step, with_λ, gat
         return tf.where(mask[:, t, tf.newaxis], δ_t, tf.zeros_like(δ_t)), λ_t
 
     def through_step(t, δ_t, *λ_t):
-        to_earlier, kept_t = step(t, s[t], δ_t)
-        if mask is not None:
-            to_earlier = tf.where(mask[:, t, tf.newaxis], to_earlier, *λ_t)
-        return to_earlier, kept_t
+        to_earlier = _dropped(δ_t @ W_T, dropout)
+        return to_earlier if mask is None else tf.where(mask[:, t, tf.newaxis], to_earlier, *λ_t)
 
-    def body(t, at_t, _, kept, λ):
-        from_later, kept_t = through_step(t, *at_t)
+    def body(t, at_t, _, δ, λ):
+        from_later = through_step(t, *at_t)
         λ_before = g[:, t - 1] + from_later if return_sequences else from_later
         λ = [array.write(t, λ_before) for array in λ]
-        return t - 1, through_activation(t - 1, λ_before), at_t, kept.write(t, kept_t), λ
+        return t - 1, through_activation(t - 1, λ_before), at_t, δ.write(t, at_t[0]), λ
 
     λ_T = g[:, T - 1] if return_sequences else g
     at_T = through_activation(T - 1, λ_T)
-    kept = tf.TensorArray(s.dtype, T, element_shape=[batch, *gates, units])
-    λ = [tf.TensorArray(s.dtype, T + 1, element_shape=[batch, units])] if with_λ else []
+    δ = tf.TensorArray(s.dtype, T, element_shape=s.shape[1:])
+    λ = [tf.TensorArray(s.dtype, T + 1, element_shape=s.shape[1:])] if with_λ else []
     λ = [array.write(T, λ_T) for array in λ]
     # The last round goes one step too far, and its λ_0 has passed through an activation that s_0
     # has not: ∂L/∂s_0 is taken from the round before.
-    _, _, at_1, kept, λ = tf.while_loop(lambda t, *_: t >= 0, body, (T - 1, at_T, at_T, kept, λ))
-    ds_0, _ = through_step(0, *at_1)
-    return kept.stack(), ds_0, *(array.stack() for array in λ)
+    _, _, at_1, δ, λ = tf.while_loop(lambda t, *_: t >= 0, body, (T - 1, at_T, at_T, δ, λ))
+    return δ.stack(), through_step(0, *at_1), *(array.stack() for array in λ)
+
+
+@_compiled
+def _gated_gradients(g, return_sequences, s, x, mask, K, activation, projected):
+    """∂L/∂K; ∂L/∂s_0; λ_1 to λ_T."""
+    T = tf.shape(x)[1]
+    chunks, steps, steps_of_last = _chunks(T, s)
+
+    def through_chunk(start, steps, from_later, λ, dkernels):
+        chunk = _Chunk(start, steps, s, x, mask, K, activation, projected)
+
+        def body(t, from_later, λ):
+            λ_t = g[:, start + t] + from_later if return_sequences else from_later
+            return t - 1, chunk.to_earlier[t] * λ_t, λ.write(start + t, λ_t)
+
+        _, from_later, λ = tf.while_loop(lambda t, *_: t >= 0, body, (steps - 1, from_later, λ))
+        κ, _ = chunk.gradients(λ.stack())
+        dkernels = [
+            dkernel + tf.cast(_sum_of_products(chunk.x, κ_of_kernel), dkernel.dtype)
+            for dkernel, κ_of_kernel in zip(dkernels, κ, strict=True)
+        ]
+        return from_later, λ, dkernels
+
+    def body(chunk, *carried):
+        return chunk - 1, *through_chunk(chunk * steps, steps, *carried)
+
+    from_later = tf.zeros_like(s[0]) if return_sequences else g
+    λ = tf.TensorArray(s.dtype, T, element_shape=s.shape[1:], clear_after_read=False)
+    # In 16 bits a sum over many chunks would lose what a single product keeps.
+    sum_type = tf.float32 if s.dtype.size < 4 else s.dtype
+    dkernels = [tf.zeros_like(kernel, sum_type) for kernel in _by_kernel(K, projected)]
+    carried = through_chunk(chunks * steps, steps_of_last, from_later, λ, dkernels)
+    _, ds_0, λ, dkernels = tf.while_loop(lambda chunk, *_: chunk >= 0, body, (chunks - 1, *carried))
+    return tf.cast(tf.concat(dkernels, axis=1), K.dtype), ds_0, λ.stack()
+
+
+@_compiled
+def _gated_input_gradient(λ, s, x, mask, K, activation, projected):
+    """∂L/∂x, from λ_1 to λ_T."""
+    T, _, units = tf.unstack(tf.shape(λ))
+    batch, _, features = tf.unstack(tf.shape(x))
+    chunks, steps, steps_of_last = _chunks(T, s)
+
+    def of_chunk(start):
+        chunk = _Chunk(start, steps, s, x, mask, K, activation, projected)
+        κ, dc = chunk.gradients(λ)
+        kernels = _by_kernel(K, projected)
+        dx = tf.add_n([κ @ tf.transpose(kernel) for κ, kernel in zip(κ, kernels, strict=True)])
+        if not projected:
+            dx += tf.pad(dc, [[0, 0], [0, features - units]])
+        return tf.reshape(dx, [steps, batch, features])
+
+    # The last chunk is as long as the others here, and begins within the one before.
+    starts = tf.minimum(steps * tf.range(chunks + 1), T - steps)
+    dx = tf.map_fn(of_chunk, starts, fn_output_signature=x.dtype)
+    before_last = tf.reshape(dx[:-1], [chunks * steps, batch, features])
+    return _swap(tf.concat([before_last, dx[-1, steps - steps_of_last :]], axis=0))
+
+
+class _Chunk:
+    """A few steps of the gated recurrence, their gates computed again, all in one product.
+
+    x (of a row for each step of each example), and to_earlier, (steps, batch, units): what takes
+    λ_t to the step before, f_t ⊙ Φ'(a_t), or 1 where the mask leaves the step out.
+    """
+
+    def __init__(self, start, steps, s, x, mask, K, activation, projected):
+        self._start, self._steps = start, steps
+        self.x = _rows(_swap(_slice(x, 1, start, steps)))
+        self._f, self._i, self._c = _gates(self.x, K, s.shape[2], projected)
+        self._s_before = self._of_steps(s)
+        self._derivative = DERIVATIVE_AT_OUTPUT[activation](self._of_steps(s, 1))
+        to_earlier = self._f * self._derivative
+        if mask is not None:
+            mask = _rows(tf.transpose(_slice(mask, 1, start, steps))[..., tf.newaxis])
+            self._derivative = tf.where(mask, self._derivative, tf.zeros_like(to_earlier))
+            to_earlier = tf.where(mask, to_earlier, tf.ones_like(to_earlier))
+        self.to_earlier = tf.reshape(to_earlier, [steps, *tf.unstack(tf.shape(s))[1:]])
+        self._projected = projected
+
+    def gradients(self, λ):
+        """([∂L/∂(K x_t) of each kernel], ∂L/∂c_t), from λ of all steps of the sequence."""
+        f, i, c = self._f, self._i, self._c
+        δ = self._derivative * self._of_steps(λ)
+        dc = δ * i
+        κ = [δ * self._s_before * f * (1 - f), dc * c * (1 - i)]
+        return κ + [dc] * self._projected, dc
+
+    def _of_steps(self, array, shift=0):
+        return _rows(_slice(array, 0, self._start + shift, self._steps))
+
+
+def _chunks(T, s):
+    """How T steps are cut: n chunks of so many steps, and a last one of so many."""
+    # As measured: what a core's cache (1 MB) holds, and enough for products at full speed.
+    numbers_a_step = tf.maximum(1, tf.shape(s)[1] * tf.shape(s)[2])
+    steps = tf.clip_by_value(2**14 // numbers_a_step, 1, T)
+    return (T - 1) // steps, steps, (T - 1) % steps + 1
+
+
+def _by_kernel(K, projected):
+    return tf.split(K, 3 if projected else 2, axis=1)
+
+
+def _slice(array, axis, start, size):
+    # Unlike array[start : start + size], of a size that XLA can tell.
+    begin, sizes = [0] * array.shape.rank, tf.unstack(tf.shape(array))
+    begin[axis], sizes[axis] = start, size
+    return tf.slice(array, begin, sizes)
+
+
+def _rows(array):
+    """An array of vectors as a matrix of their rows."""
+    # Not array.shape[-1]: it is None once one trace serves layers of different sizes.
+    return tf.reshape(array, [-1, tf.shape(array)[-1]])
 
 
 def _swap(array):
@@ -300,9 +382,7 @@ def _swap(array):
 
 def _sum_of_products(a, b):
     """Σ_t a_t b_tᵀ, over the examples too."""
-    # Not array.shape[-1]: it is None once one trace serves layers of different sizes.
-    a, b = (tf.reshape(array, [-1, tf.shape(array)[-1]]) for array in (a, b))
-    return tf.matmul(a, b, transpose_a=True)
+    return tf.matmul(_rows(a), _rows(b), transpose_a=True)
 
 
 def _dropped(s, dropout):
@@ -327,7 +407,7 @@ def _explicit(states, gradients, examples, weights, return_sequences, on_state_g
     Args:
         states: from a share of the examples, then the weights, to s_0 to s_T, time first.
         gradients: from g, the states and the same arguments, to ∂L/∂x and ∂L/∂s_0 of the share,
-            its part of ∂L/∂weight of each weight, and [λ_0 to λ_T] or [].
+            its part of ∂L/∂weight of each weight, and [λ_1 to λ_T] or [].
         examples: x, s_0, and the two masks or None; batch first.
         weights: tensors.
         return_sequences, on_state_gradients: as in `simple_recurrence`.
@@ -348,7 +428,7 @@ def _explicit(states, gradients, examples, weights, return_sequences, on_state_g
             ]
             dx, ds_0, dweights, λ = zip(*parts, strict=True)
             if on_state_gradients is not None:
-                λ = tf.concat([λ[1:] for (λ,) in λ], axis=1)
+                λ = tf.concat([λ for (λ,) in λ], axis=1)
                 on_state_gradients(_of_shape(λ, [timesteps, batch, units]))
             dweights = [tf.add_n(parts) for parts in zip(*dweights, strict=True)]
             inputs, dinputs = [x, s_0, *weights], [tf.concat(dx, 0), tf.concat(ds_0, 0), *dweights]
