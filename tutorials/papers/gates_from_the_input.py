@@ -22,9 +22,17 @@
 # three tasks: adding (T = 30), copying (5 of 4 symbols, a blank of 10), scikit-learn's digits pixel
 # by pixel (T = 64). All forget gates start with a half-life of the sequence's length: the LSTM's,
 # too. Each cell gets the same two learning rates, the same steps and seeds; the better rate is
-# chosen on held-out training sequences; test losses are reported. Speed: training steps of
-# `kg.layers.SimplifiedLSTM` (the article's cell: a compiled loop, not a parallel scan) and of
-# `keras.layers.LSTM` by T, on this machine's processor.
+# chosen on held-out training sequences; test losses are reported. Speed: training
+# steps of `kg.layers.SimplifiedLSTM` (the article's cell: a compiled loop, not a parallel scan) and
+# of `keras.layers.LSTM` by T, on this machine's processor.
+#
+# The steps are 1000, 1500 and 2500 for the three tasks. An earlier run of this script, with the
+# seeds 31 to 33 and 600 steps for each, had ended before any cell had learned copying or digits,
+# with the LSTM ahead on both, and behind on adding. Of pilots (another seed and other data, a
+# learning rate of 0.3): on copying the LSTM came to 0.024 in 2000 steps, the T-RNN to 0.260; on
+# digits the LSTM came to 0.86 in 2500 steps, the article's cell to 1.67, the minLSTM to 1.72; with
+# a learning rate of 1 the LSTM to 1.45 in 2000. So it was known before the run that the LSTM may
+# well be ahead on copying and digits.
 #
 # **The rule**, set before the run. Quality, for each cell and task, "its test loss is no larger
 # than the full LSTM's": *agrees* if the median is no larger, *agrees in direction* if it is larger
@@ -63,8 +71,8 @@ SETTINGS = {
     "momentum": 0.9,
     "clipnorm": 0.2,
     "learning_rates": [0.1] if script.quick else [0.1, 0.3],
-    "steps": 4 if script.quick else 600,
-    "seeds": [31] if script.quick else [31, 32, 33],
+    "steps": {"adding": 4} if script.quick else {"adding": 1000, "copying": 1500, "digits": 2500},
+    "seeds": [34] if script.quick else [34, 35, 36],
     "speed_timesteps": [8] if script.quick else [64, 128, 256, 512],
     "speed_units": 64,
     "speed_repeats": 3 if script.quick else 15,
@@ -75,8 +83,6 @@ TASKS = {
     "copying": partial(kg.tasks.copying_memory, SAMPLES, 10, seed=1, symbols=4, length=5),
     "digits": partial(kg.tasks.digits, seed=1),
 }
-if script.quick:
-    TASKS = {"adding": TASKS["adding"]}
 
 
 # %%
@@ -143,13 +149,13 @@ if script.quick:
 
 # %%
 runs, losses = [], {}
-for name, make in TASKS.items():
+for name, steps in SETTINGS["steps"].items():
     result = kg.compare(
-        make(),
+        TASKS[name](),
         REMEDIES,
         seeds=SETTINGS["seeds"],
         learning_rates=SETTINGS["learning_rates"],
-        budget=SETTINGS["steps"],
+        budget=steps,
         verbose=0,
         **{key: SETTINGS[key] for key in ("units", "batch_size", "momentum", "clipnorm")},
         **script.keeping,
@@ -198,12 +204,13 @@ ORDER = (AGREES, IN_DIRECTION, DOES_NOT)
 
 def quality(paper, cell, papers_number):
     """A row of the table: a cell's test losses and the full LSTM's."""
-    pairs = {name: (losses[name, cell], losses[name, "LSTM"]) for name in TASKS}
+    pairs = {name: (losses[name, cell], losses[name, "LSTM"]) for name in SETTINGS["steps"]}
     verdicts = {name: no_larger(*pair) for name, pair in pairs.items()}
+    tasks = ", ".join(f"{name} ({steps} steps)" for name, steps in SETTINGS["steps"].items())
     return Claim(
         paper,
         f"{cell}: quality beside the full LSTM",
-        f"one layer, 32 units, {', '.join(TASKS)}; {SETTINGS['steps']} steps, "
+        f"one layer, 32 units, {tasks}; "
         f"{len(SETTINGS['seeds'])} seeds, best of {len(SETTINGS['learning_rates'])} learning rates",
         papers_number,
         "; ".join(
