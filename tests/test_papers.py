@@ -385,10 +385,32 @@ def test_what_the_readme_says_of_the_identity_start():
 
 
 def test_what_the_readme_says_of_the_gates():
-    """Copying and digits were solved by no cell, adding by all but the full LSTM."""
-    for made in RECORDS["gates_from_the_input"]["runs"]:
-        if "task" in made and made["chosen"]:
-            assert made["solved"] == (made["task"] == "adding" and made["remedy"] != "LSTM")
+    chosen = [made for made in RECORDS["gates_from_the_input"]["runs"] if made.get("chosen")]
+    family = ("T-RNN", "minLSTM", "article's cell")
+
+    def mine(task, cell):
+        return [made for made in chosen if (made["task"], made["remedy"]) == (task, cell)]
+
+    def of_constant(task, cell):
+        """The median loss over that of the constant answer."""
+        return np.median(
+            [
+                math.inf if made["diverged"] else made["test_loss"] / made["constant_loss"]
+                for made in mine(task, cell)
+            ]
+        )
+
+    for task in ("adding", "copying", "digits"):
+        assert min(of_constant(task, cell) for cell in (*family, "LSTM")) <= 0.5
+    assert all(made["solved"] for cell in family for made in mine("adding", cell))
+    assert sum(made["solved"] for made in mine("adding", "LSTM")) == 1
+    for task, lstm, (low, high) in (
+        ("copying", 0.15, (0.79, 0.80)),
+        ("digits", 0.30, (0.65, 0.74)),
+    ):
+        assert of_constant(task, "LSTM") == pytest.approx(lstm, abs=0.005)
+        losses = [of_constant(task, cell) for cell in family]
+        assert [min(losses), max(losses)] == pytest.approx([low, high], abs=0.005)
 
 
 def test_hochreiter_by_hand():
