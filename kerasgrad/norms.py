@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import tensorflow as tf
 
 # Between these a float32 sum of squares neither overflows nor loses what matters to underflow.
@@ -38,14 +40,22 @@ def at_least_float32(values: tf.Tensor) -> tf.Tensor:
     return tf.cast(values, tf.float32) if values.dtype.size < 4 else values
 
 
+def state_norms(state_gradients: Sequence[tf.Tensor]) -> tf.Tensor:
+    """(T,) float64: mean over the batch of ‖∂L/∂s_t‖₂, from ∂L/∂s_t in shares of the batch.
+
+    Each share is (T, examples, units).
+    """
+    examples = tf.add_n([tf.shape(λ)[1] for λ in state_gradients])
+    return tf.add_n([_summed_norms(λ) for λ in state_gradients]) / tf.cast(examples, tf.float64)
+
+
 @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
-def state_norms(state_gradients: tf.Tensor) -> tf.Tensor:
-    """(T,) float64: mean over the batch of ‖∂L/∂s_t‖₂, from ∂L/∂s_t, (T, batch, units)."""
-    λ = tf.cast(state_gradients, tf.float64)
-    T, batch, units = tf.unstack(tf.shape(λ))
+def _summed_norms(λ):
+    λ = tf.cast(λ, tf.float64)
+    T, examples, units = tf.unstack(tf.shape(λ))
     # Compiled, a sum over the last axis adds one number at a time; a product with ones does not.
-    squares = tf.reshape(λ * λ, [T * batch, units]) @ tf.ones([units, 1], tf.float64)
-    return tf.reduce_mean(tf.sqrt(tf.reshape(squares, [T, batch])), axis=1)
+    squares = tf.reshape(λ * λ, [T * examples, units]) @ tf.ones([units, 1], tf.float64)
+    return tf.reduce_sum(tf.sqrt(tf.reshape(squares, [T, examples])), axis=1)
 
 
 def read_apart(tensor: tf.Tensor) -> tf.Tensor:

@@ -146,8 +146,13 @@ def state_gradients_through(layer: keras.Layer, step: Callable) -> np.ndarray:
         step()
     finally:
         layer.on_state_gradients = None
-    (state_gradients,) = received
-    return np.asarray(state_gradients)
+    (shares,) = received
+    return np.concatenate(shares, axis=1)
+
+
+def assigning(variable: tf.Variable) -> Callable:
+    """For `on_state_gradients`: ∂L/∂s_t, of the whole batch, into the variable."""
+    return lambda shares: variable.assign(tf.concat(shares, axis=1))
 
 
 def finite_differences(function: Callable, array, step: float = 1e-6) -> np.ndarray:

@@ -6,7 +6,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import EXPLICIT_ACTIVATIONS, MODES, finite_differences, relative_error
+from helpers import (
+    EXPLICIT_ACTIVATIONS,
+    MODES,
+    assigning,
+    finite_differences,
+    relative_error,
+)
 
 from kerasgrad.layers import recurrence as recurrence_module
 from kerasgrad.layers.recurrence import gated_recurrence, is_explicit, simple_recurrence
@@ -66,8 +72,8 @@ def back_propagate(recurrence, arrays, cotangent, **options):
         states = recurrence(*tensors, on_state_gradients=received.append, **options)
         loss = tf.reduce_sum(states * cotangent)
     gradients = tape.gradient(loss, tensors)
-    (λ,) = received
-    return states.numpy(), [gradient.numpy() for gradient in gradients], λ.numpy()
+    (shares,) = received
+    return states.numpy(), [gradient.numpy() for gradient in gradients], np.concatenate(shares, 1)
 
 
 def only_last(c, timesteps):
@@ -350,7 +356,9 @@ def test_same_numbers_in_every_mode(recurrence, mode):
     def step(*tensors):
         with tf.GradientTape() as tape:
             tape.watch(tensors)
-            states = recurrence(*tensors, activation=tanh, mask=MASK, on_state_gradients=λ.assign)
+            states = recurrence(
+                *tensors, activation=tanh, mask=MASK, on_state_gradients=assigning(λ)
+            )
             loss = tf.reduce_sum(states * cotangent)
         return states, tape.gradient(loss, tensors)
 

@@ -25,6 +25,7 @@ from helpers import (
     TOLERANCE,
     UNITS,
     assert_equal_results,
+    assigning,
     outputs_and_gradients,
     randomize,
     relative_error,
@@ -444,7 +445,7 @@ def test_state_gradients_of_a_model_inside_fit_are_the_unrolled_ones(kind, share
     # In a share of the batch nothing depends on how the model runs.
     for options in ({},) if shared else ({}, {"jit_compile": True}, {"run_eagerly": True}):
         λ = tf.Variable(tf.zeros((TIMESTEPS, 8, UNITS)))
-        rnn.on_state_gradients = λ.assign
+        rnn.on_state_gradients = assigning(λ)
         # A learning rate of zero leaves the weights for the next round.
         model.compile(keras.optimizers.SGD(0.0), "mse", **options)
         model.fit(x, y, batch_size=8, verbose=0, shuffle=False)

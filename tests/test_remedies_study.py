@@ -233,6 +233,23 @@ def test_diverged_and_failed_runs_count_as_inf_and_of_equals_the_smallest_is_cho
     assert comparison(all_bad).chosen_learning_rates == {"planted": 0.01}
 
 
+@pytest.mark.parametrize(
+    ("losses", "test_loss", "expected"),
+    [
+        ([1.0, 1.0, 1.0, 1.0], 1e25, False),  # Seen after all choices.
+        ([0.5, 1e25, 3.0, 500.0], 1.0, False),
+        ([0.5, 0.5, 3.0, 501.0], 1.0, True),
+        ([0.5, 1e9, 1e17, 1e25], 1e25, True),
+        ([0.5, np.inf, 1.0, 1.0], 1.0, True),
+        ([0.5, 0.5, 0.5, 0.5], math.nan, True),
+    ],
+)
+def test_what_has_diverged(losses, test_loss, expected):
+    run = planted(test=test_loss, columns={"loss": np.array(losses)})
+    assert run.diverged is expected
+    assert run.ranked_loss == (math.inf if expected else test_loss)
+
+
 def test_the_summary_of_planted_runs():
     task = tiny_task()
     runs = [

@@ -160,10 +160,10 @@ class OmegaSimpleRNN(SimpleRNN):
         observer, cell = self.on_state_gradients, self.cell
         variable, returns = cell.recurrent_kernel, self.return_sequences
 
-        def take(λ):
-            taken["λ"] = λ
+        def take(shares):
+            taken["λ"] = tf.concat(shares, axis=1)
             if observer is not None:
-                observer(λ)
+                observer(shares)
 
         @tf.custom_gradient
         def with_omega(W):

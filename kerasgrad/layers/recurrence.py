@@ -53,7 +53,7 @@ DERIVATIVE_AT_OUTPUT = {
     keras.activations.relu: lambda s: tf.cast(s > 0, s.dtype),
 }
 
-StateGradients = Callable[[tf.Tensor], None]
+StateGradients = Callable[[Sequence[tf.Tensor]], None]
 
 
 def is_explicit(activation: Callable) -> bool:
@@ -86,7 +86,8 @@ def simple_recurrence(
         mask: (batch, timesteps) bool; False repeats the previous state.
         recurrent_dropout_mask: (batch, units), multiplies s_{t-1} before W at every step.
         return_sequences: whether all states are returned, or the last.
-        on_state_gradients: called with λ, (timesteps, batch, units), when the gradient is taken.
+        on_state_gradients: called with λ when the gradient is taken: a list of its shares of the
+            batch, each (timesteps, examples, units).
 
     Returns:
         (batch, timesteps, units), the states s_1 to s_T; or (batch, units), s_T.
@@ -109,7 +110,7 @@ def simple_recurrence(
         dx = _swap(tf.tensordot(δ, U, axes=[2, 1]))
         dU = _sum_of_products(_swap(x), δ)
         dW = _sum_of_products(_dropped(s[:-1], dropout), δ)
-        return dx, ds_0, [dU, dW], [array[1:] for array in λ]
+        return dx, ds_0, [dU, dW], λ
 
     return _explicit(
         states,
@@ -228,7 +229,7 @@ def _states(x, s_0, mask, step):
 
 @_compiled
 def _simple_gradients(g, return_sequences, s, mask, dropout, W, activation, with_λ):
-    """δ_1 to δ_T; ∂L/∂s_0; where asked for, λ_0 to λ_T."""
+    """δ_1 to δ_T; ∂L/∂s_0; where asked for, λ_1 to λ_T."""
     T, W_T = tf.shape(s)[0] - 1, tf.transpose(W)
     derivative = DERIVATIVE_AT_OUTPUT[activation]
 
@@ -247,18 +248,19 @@ def _simple_gradients(g, return_sequences, s, mask, dropout, W, activation, with
     def body(t, at_t, _, δ, λ):
         from_later = through_step(t, *at_t)
         λ_before = g[:, t - 1] + from_later if return_sequences else from_later
-        λ = [array.write(t, λ_before) for array in λ]
+        # λ_0, of the last round, goes where λ_T will be.
+        λ = [array.write((t - 1) % T, λ_before) for array in λ]
         return t - 1, through_activation(t - 1, λ_before), at_t, δ.write(t, at_t[0]), λ
 
     λ_T = g[:, T - 1] if return_sequences else g
     at_T = through_activation(T - 1, λ_T)
     δ = tf.TensorArray(s.dtype, T, element_shape=s.shape[1:])
-    λ = [tf.TensorArray(s.dtype, T + 1, element_shape=s.shape[1:])] if with_λ else []
-    λ = [array.write(T, λ_T) for array in λ]
+    λ = [tf.TensorArray(s.dtype, T, element_shape=s.shape[1:])] if with_λ else []
     # The last round goes one step too far, and its λ_0 has passed through an activation that s_0
     # has not: ∂L/∂s_0 is taken from the round before.
     _, _, at_1, δ, λ = tf.while_loop(lambda t, *_: t >= 0, body, (T - 1, at_T, at_T, δ, λ))
-    return δ.stack(), through_step(0, *at_1), *(array.stack() for array in λ)
+    λ = [array.write(T - 1, λ_T).stack() for array in λ]
+    return δ.stack(), through_step(0, *at_1), *λ
 
 
 @_compiled
@@ -428,8 +430,7 @@ def _explicit(states, gradients, examples, weights, return_sequences, on_state_g
             ]
             dx, ds_0, dweights, λ = zip(*parts, strict=True)
             if on_state_gradients is not None:
-                λ = tf.concat([λ for (λ,) in λ], axis=1)
-                on_state_gradients(_of_shape(λ, [timesteps, batch, units]))
+                on_state_gradients([_of_shape(λ, [timesteps, None, units]) for (λ,) in λ])
             dweights = [tf.add_n(parts) for parts in zip(*dweights, strict=True)]
             inputs, dinputs = [x, s_0, *weights], [tf.concat(dx, 0), tf.concat(ds_0, 0), *dweights]
             return [_of_shape(d, input.shape) for d, input in zip(dinputs, inputs, strict=True)]

@@ -53,7 +53,7 @@ class SimpleRNN(keras.layers.SimpleRNN):
     Source: Elman (1990), "Finding structure in time"; the article's equations 1 and 4 to 7.
     """
 
-    # Set by GradientNorms while it records: called with ∂L/∂s_t, (timesteps, batch, units).
+    # Set by GradientNorms while it records: called with ∂L/∂s_t, in shares of the batch.
     on_state_gradients: StateGradients | None = None
 
     def inner_loop(self, sequences, initial_state, mask, training=False):

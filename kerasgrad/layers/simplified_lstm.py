@@ -223,7 +223,7 @@ class SimplifiedLSTM(keras.layers.RNN):
     Source: the article's section 5.
     """
 
-    # Set by GradientNorms while it records: called with ∂L/∂S_t, (timesteps, batch, units).
+    # Set by GradientNorms while it records: called with ∂L/∂S_t, in shares of the batch.
     on_state_gradients: StateGradients | None = None
 
     def __init__(

@@ -41,7 +41,8 @@ COLUMNS = {
     "clipped": "share of the updates that clipping changed, median over the seeds",
     "ms/step": "time of a training step, GradientNorms included: median of a run's steps, median "
     "over the seeds; trainings side by side slow each other down",
-    "diverged": "runs with a NaN or Inf loss; failed: runs that raised",
+    "diverged": "runs with a NaN or Inf loss, or whose last batch's loss was more than 1000 times "
+    "the first one's; failed: runs that raised",
 }
 
 

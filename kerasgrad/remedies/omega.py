@@ -54,7 +54,7 @@ class PerturbedSimpleRNN(keras.layers.RNN):
     Source: Elman (1990), "Finding structure in time".
     """
 
-    # Set by GradientNorms while it records: called with ∂L/∂s_t, (timesteps, batch, units).
+    # Set by GradientNorms while it records: called with ∂L/∂s_t, in shares of the batch.
     on_state_gradients = None
 
     def __init__(
@@ -110,7 +110,7 @@ class _Perturbed:
         """Ω of equation 9; an observer is told ∂L/∂s_t by the way."""
         λ, s = (tf.transpose(array, [1, 0, 2]) for array in (state_gradients, self.states))
         if self._observer is not None:
-            self._observer(λ)
+            self._observer([λ])
         W = ops.convert_to_tensor(self._cell.recurrent_kernel)
         return omega(λ, s, W, activation=self._cell.activation, equation=9)
 

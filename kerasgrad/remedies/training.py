@@ -19,6 +19,10 @@ from kerasgrad.tasks import Task
 # Of the training sequences, one in so many is held out where a learning rate is to be chosen.
 _VALIDATION_SHARE = 5
 
+# A loss that ends so many times above where it began has diverged, though it is a number: a float32
+# has room for 1e38.
+_DIVERGED_TIMES = 1000
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -93,8 +97,14 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether a batch's loss, or the test loss at the end, was NaN or Inf."""
-        return not (np.isfinite(self.final_loss) and np.isfinite(self.history.loss).all())
+        """Whether a batch's loss, or the test loss at the end, was NaN or Inf.
+
+        Or whether the last batch's loss was more than 1000 times the first one's.
+        """
+        losses = self.history.loss
+        finite = np.isfinite(self.final_loss) and np.isfinite(losses).all()
+        # Not by the test loss, of which the choice of a learning rate must not know.
+        return bool(not finite or losses[-1] > _DIVERGED_TIMES * losses[0])
 
     @property
     def ranked_loss(self) -> float:
