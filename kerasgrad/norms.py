@@ -50,8 +50,8 @@ def state_norms(state_gradients: Sequence[tf.Tensor]) -> tf.Tensor:
 
 
 @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
-def _summed_norms(λ):
-    λ = tf.cast(λ, tf.float64)
+def _summed_norms(state_gradients):
+    λ = tf.cast(state_gradients, tf.float64)
     T, examples, units = tf.unstack(tf.shape(λ))
     # Compiled, a sum over the last axis adds one number at a time; a product with ones does not.
     squares = tf.reshape(λ * λ, [T * examples, units]) @ tf.ones([units, 1], tf.float64)

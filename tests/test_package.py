@@ -287,6 +287,33 @@ def test_the_wheel_alone_runs_the_main_job(wheel, tmp_path):
     assert (tmp_path / "results" / "comparison.csv").exists()
 
 
+_RECORDED_TRAINING = """
+import keras
+import numpy as np
+import kerasgrad as kg
+
+model = keras.Sequential([
+    keras.layers.Input((5, 3)),
+    kg.layers.SimpleRNN(4, return_sequences=True),
+    kg.layers.SimplifiedLSTM(4, project_input=True, return_sequences=True),
+    kg.layers.SimplifiedLSTM(4),
+    keras.layers.Dense(1),
+])
+model.compile("sgd", "mse")
+norms = kg.callbacks.GradientNorms()
+model.fit(np.ones((8, 5, 3)), np.ones((8, 1)), verbose=0, callbacks=[norms])
+print(norms.history)
+"""
+
+
+def test_a_recorded_training_warns_of_nothing():
+    done = run_python("-W", "error", "-c", _RECORDED_TRAINING)
+    assert done.stdout.startswith("<GradientHistory: 1 steps"), done.stderr
+    # TensorFlow's own, of every process that loads it.
+    lines = [line for line in done.stderr.splitlines() if "absl::InitializeLog" not in line]
+    assert not [line for line in lines if "warning" in line.lower()]
+
+
 def test_python_m_kerasgrad_is_the_command_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kerasgrad", "--help"])
     with pytest.raises(SystemExit) as stop:

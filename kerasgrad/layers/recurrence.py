@@ -180,7 +180,8 @@ def gated_recurrence(
 
 
 # Compiled apart from the model around them: under XLA these loops write their results in place,
-# which the same loops in a plain graph do not.
+# which the same loops in a plain graph do not. (Of a tensor's argument that has a Greek name,
+# TensorFlow warns.)
 _compiled = tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
 
 
@@ -298,8 +299,9 @@ def _gated_gradients(g, return_sequences, s, x, mask, K, activation, projected):
 
 
 @_compiled
-def _gated_input_gradient(λ, s, x, mask, K, activation, projected):
+def _gated_input_gradient(state_gradients, s, x, mask, K, activation, projected):
     """∂L/∂x, from λ_1 to λ_T."""
+    λ = state_gradients
     T, _, units = tf.unstack(tf.shape(λ))
     batch, _, features = tf.unstack(tf.shape(x))
     chunks, steps, steps_of_last = _chunks(T, s)
