@@ -487,6 +487,7 @@ class _TrainStepHooks:
             self._held_state_norms[key] = outside_of_the_trace(lambda: HeldStateNorms(T))
         held = self._held_state_norms[key]
         held.call = call
+        held.may_widen = T is None or (held.timesteps or 0) < T
         if self.model.jit_compile is True and held.timesteps != T:
             warnings.warn(
                 f"GradientNorms records no state norms of layer {path!r} for sequences of "

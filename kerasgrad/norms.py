@@ -9,29 +9,32 @@ import tensorflow as tf
 # Between these a float32 sum of squares neither overflows nor loses what matters to underflow.
 _SMALLEST, _LARGEST = 1e-15, 1e15
 
+# Up to so many elements float64 throughout costs less than to choose in the graph: for a single
+# condition TensorFlow runs every operation of the train step with an executor that is slower.
+_FEW = 2**16
+
 _PRODUCTS = {"Mul": tf.raw_ops.Mul, "RealDiv": tf.raw_ops.RealDiv}
 
 
 def gradient_norms(gradients: list[tf.Tensor | tf.IndexedSlices]) -> list[tf.Tensor]:
     """The L2 norm of each gradient, float64, true for gradients of 1e-30 and of 1e30, too.
 
-    ‖g‖ is summed in the gradient's own precision where that is enough, and in float64 where it is
-    not. Of a gradient that the graph has just multiplied by a scalar, as clipping by a norm does,
-    it is ‖s·g‖ = |s|·‖g‖, which costs no further pass over the gradient.
+    ‖g‖ is summed in float64; that of a gradient with many elements in its own precision, where that
+    is enough. Of a gradient that the graph has just multiplied by a scalar, as clipping by a norm
+    does, it is ‖s·g‖ = |s|·‖g‖, which costs no further pass over the gradient.
     """
     if not gradients:
         return []
     bases, factors = zip(*map(_factored, gradients), strict=True)
-    quick = tf.stack([tf.cast(_norm(at_least_float32(base)), tf.float64) for base in bases])
-    enough = tf.reduce_all((quick > _SMALLEST) & (quick < _LARGEST))
-    norms = tf.cond(
-        enough,
-        lambda: quick,
-        lambda: tf.stack([_norm(tf.cast(base, tf.float64)) for base in bases]),
-    )
+    large = [base for base in bases if not _has_few_elements(base)]
+    norms_of_large = iter(_chosen_norms(large) if large else [])
+    norms = [
+        _norm(tf.cast(base, tf.float64)) if _has_few_elements(base) else next(norms_of_large)
+        for base in bases
+    ]
     return [
         norm if factor is None else norm * factor
-        for norm, factor in zip(tf.unstack(norms), factors, strict=True)
+        for norm, factor in zip(norms, factors, strict=True)
     ]
 
 
@@ -69,6 +72,22 @@ def read_apart(tensor: tf.Tensor) -> tf.Tensor:
         return tensor
     x, y = (tf.raw_ops.Snapshot(input=read_apart(factor)) for factor in tensor.op.inputs)
     return _PRODUCTS[tensor.op.type](x=x, y=y)
+
+
+def _has_few_elements(gradient):
+    elements = gradient.shape.num_elements()
+    return elements is not None and elements <= _FEW
+
+
+def _chosen_norms(gradients):
+    quick = tf.stack([tf.cast(_norm(at_least_float32(g)), tf.float64) for g in gradients])
+    enough = tf.reduce_all((quick > _SMALLEST) & (quick < _LARGEST))
+    norms = tf.cond(
+        enough,
+        lambda: quick,
+        lambda: tf.stack([_norm(tf.cast(g, tf.float64)) for g in gradients]),
+    )
+    return tf.unstack(norms)
 
 
 def _norm(values):

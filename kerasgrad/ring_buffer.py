@@ -20,11 +20,15 @@ class HeldStateNorms:
 
     Args:
         timesteps: T of the first trace; others may have another, except under XLA.
+
+    may_widen is whether the present trace may have a larger T: only then its graph gets a condition
+    (see `kerasgrad.norms`).
     """
 
     def __init__(self, timesteps: int | None):
         self.timesteps = timesteps
         self.call = 0
+        self.may_widen = True
         self.variable = tf.Variable(
             tf.fill([timesteps or 0], tf.constant(np.nan, tf.float64)),
             shape=[None],
@@ -162,7 +166,8 @@ class Row:
         def write():
             values = tf.cast(norms, variable.dtype)
             if not fixed_length:
-                _make_as_wide(variable, values)
+                if held.may_widen:
+                    _make_as_wide(variable, values)
                 unused = tf.shape(variable)[1] - tf.shape(values)[0]
                 values = tf.pad(values, [[0, unused]], constant_values=np.nan)
             self._write(variable, values)

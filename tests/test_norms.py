@@ -36,10 +36,21 @@ def drawn(size, dtype, shape=(3, 5), seed=0):
     return tf.constant(np.where(np.arange(values.size).reshape(shape) % 2, values, -values), dtype)
 
 
+@pytest.fixture(params=["few", "many"])
+def _elements(request, monkeypatch):
+    """With each gradient, however small, summed as one of few elements and as one of many."""
+    if request.param == "many":
+        monkeypatch.setattr(norms_module, "_FEW", 0)
+
+
+FEW_AND_MANY = pytest.mark.usefixtures("_elements")
+
+
 def in_mode(mode, function, *inputs):
     return [float(norm) for norm in MODES[mode](function)(*inputs)]
 
 
+@FEW_AND_MANY
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", MAGNITUDES)
 def test_any_magnitude(mode, dtype):
@@ -53,6 +64,7 @@ def test_any_magnitude(mode, dtype):
         np.testing.assert_allclose(norms, [*map(exact, gradients)], rtol=RTOL[dtype])
 
 
+@FEW_AND_MANY
 @pytest.mark.parametrize("mode", MODES)
 def test_special_values_stay_with_their_gradient(mode):
     gradients = [
@@ -72,6 +84,7 @@ def test_no_gradients():
     assert gradient_norms([]) == []
 
 
+@FEW_AND_MANY
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_rows_of_one_index_are_added_up(mode, scale):
@@ -113,6 +126,7 @@ PRODUCTS = {
 }
 
 
+@FEW_AND_MANY
 @pytest.mark.parametrize("mode", MODES)
 def test_products(mode):
     g, h, s = drawn(1.0, "float32", seed=3), drawn(2.0, "float32", seed=4), tf.constant(3.0)
@@ -128,6 +142,7 @@ def test_products(mode):
     np.testing.assert_allclose(in_mode(mode, norms, g, h, s), expected, rtol=1e-6)
 
 
+@FEW_AND_MANY
 @pytest.mark.parametrize("special", [0.0, np.inf, np.nan])
 def test_products_with_special_scalars(special):
     g = tf.constant([3.0, -4.0])
@@ -137,6 +152,7 @@ def test_products_with_special_scalars(special):
     np.testing.assert_array_equal(norms, expected)
 
 
+@FEW_AND_MANY
 @pytest.mark.parametrize("name", [name for name, (_, factor) in PRODUCTS.items() if factor])
 def test_nobody_reads_a_product_with_a_scalar(name):
     # A second reader would change how TensorFlow compiles the update: see read_apart.
@@ -185,7 +201,10 @@ def test_random_shapes_and_scales(data):
         st.lists(st.tuples(shapes, st.integers(-36, 37), st.integers(0, 99)), min_size=1)
     )
     gradients = [drawn(10.0**size, "float32", shape, seed) for shape, size, seed in parts]
-    norms = gradient_norms(gradients)
+    with pytest.MonkeyPatch.context() as patch:
+        # Of few elements and of many, in any order.
+        patch.setattr(norms_module, "_FEW", data.draw(st.integers(0, 64)))
+        norms = gradient_norms(gradients)
     np.testing.assert_allclose(norms, [*map(exact, gradients)], rtol=2e-6)
 
 
