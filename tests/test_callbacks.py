@@ -1242,6 +1242,20 @@ def test_state_norms_of_sequences_of_varying_length(mode):
         assert np.isnan(row[len(values) :]).all()
 
 
+@pytest.mark.parametrize(("units", "expected"), [(8, False), (257, True)])
+def test_the_graph_of_a_step_has_no_condition(units, expected, monkeypatch):
+    """With one, TensorFlow runs all of the step with a slower executor; large weights need it."""
+    made, cond = [], tf.cond
+    monkeypatch.setattr(
+        tf, "cond", lambda *args, **kwargs: made.append(args) or cond(*args, **kwargs)
+    )
+    model, norms = recurrent_model(kg.layers.SimpleRNN(units)), GradientNorms()
+    model.compile(keras.optimizers.SGD(0.01, clipnorm=1.0), "mse")
+    model.fit(sequences(), Y, batch_size=10, verbose=0, callbacks=[norms])
+    assert len(norms.history.state_norms) == 1
+    assert bool(made) is expected
+
+
 def test_state_norms_under_jit_compile_after_other_lengths():
     # The compiled recurrences are shared by all layers of a process, and serve any length after
     # the second; each model still has its one length, as XLA needs.
