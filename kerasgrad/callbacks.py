@@ -487,7 +487,7 @@ class _TrainStepHooks:
             self._held_state_norms[key] = outside_of_the_trace(lambda: HeldStateNorms(T))
         held = self._held_state_norms[key]
         held.call = call
-        held.may_widen = T is None or (held.timesteps or 0) < T
+        step.timesteps[key] = T
         if self.model.jit_compile is True and held.timesteps != T:
             warnings.warn(
                 f"GradientNorms records no state norms of layer {path!r} for sequences of "
@@ -589,7 +589,13 @@ class _TrainStepHooks:
         for key, held in self._held_state_norms.items():
             norms = held.take() / tf.cast(scale, tf.float64)
             for row, _ in step.rows:
-                row.write_state_norms(key, norms, held, fixed_length=self.model.jit_compile is True)
+                row.write_state_norms(
+                    key,
+                    norms,
+                    held,
+                    timesteps=step.timesteps.get(key),
+                    fixed_length=self.model.jit_compile is True,
+                )
 
     def _clip_gradients(self, optimizer, clip_gradients, grads):
         grads = list(grads)
@@ -616,6 +622,7 @@ class _Step:
     def __init__(self):
         self.calls = 0  # of recurrent layers
         self.state_gradients: Counter[str] = Counter()  # of each recurrent layer, by path
+        self.timesteps: dict[tuple[str, int], int | None] = {}  # of each of these
         self.end_update()
 
     def end_update(self):
@@ -623,6 +630,7 @@ class _Step:
         self.summed: list = []  # over the replicas
         self.rows: list[tuple[Row, list[int]]] = []  # with the weights that each records
         self.state_gradients.clear()
+        self.timesteps.clear()
 
 
 def _restore(owner: Any, name: str, before: Any) -> None:

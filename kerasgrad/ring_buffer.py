@@ -20,15 +20,11 @@ class HeldStateNorms:
 
     Args:
         timesteps: T of the first trace; others may have another, except under XLA.
-
-    may_widen is whether the present trace may have a larger T: only then its graph gets a condition
-    (see `kerasgrad.norms`).
     """
 
     def __init__(self, timesteps: int | None):
         self.timesteps = timesteps
         self.call = 0
-        self.may_widen = True
         self.variable = tf.Variable(
             tf.fill([timesteps or 0], tf.constant(np.nan, tf.float64)),
             shape=[None],
@@ -158,15 +154,25 @@ class Row:
         when(self._due, write)
 
     def write_state_norms(
-        self, key: tuple[str, int], norms: tf.Tensor, held: HeldStateNorms, fixed_length: bool
+        self,
+        key: tuple[str, int],
+        norms: tf.Tensor,
+        held: HeldStateNorms,
+        timesteps: int | None,
+        fixed_length: bool,
     ) -> None:
-        """The state norms of one layer's call; with fixed_length T is that of the first trace."""
+        """The state norms of one layer's call.
+
+        timesteps is T in this trace, None where that is not known or the trace leaves the layer
+        out; with fixed_length it is that of the first trace.
+        """
         variable = self._buffer.state_norms_of(key, held)
 
         def write():
             values = tf.cast(norms, variable.dtype)
             if not fixed_length:
-                if held.may_widen:
+                # Only where it may be needed: see kerasgrad.norms of what a condition costs.
+                if timesteps is None or timesteps > (held.timesteps or 0):
                     _make_as_wide(variable, values)
                 unused = tf.shape(variable)[1] - tf.shape(values)[0]
                 values = tf.pad(values, [[0, unused]], constant_values=np.nan)

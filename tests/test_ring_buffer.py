@@ -154,7 +154,7 @@ def test_state_norms_of_any_length(lengths, capacity):
         held.variable.assign(values)
         row = Row(buffer, [tf.ones(1)], None)
         row.write_given(tf.constant(number), 1.0, tf.constant(0.0))
-        row.write_state_norms(key, held.take(), held, fixed_length=False)
+        row.write_state_norms(key, held.take(), held, timesteps=None, fixed_length=False)
         row.close()
         # What a layer has handed over is taken once: a step without the layer has NaN.
         assert held.take().shape == (T,) and np.isnan(held.take()).all()
