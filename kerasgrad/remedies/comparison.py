@@ -19,7 +19,7 @@ from kerasgrad.history import GradientHistory
 from kerasgrad.remedies.intervals import median_interval, wilson_interval
 from kerasgrad.remedies.remedy import CLIPPINGS, Remedy
 from kerasgrad.remedies.study import PlannedRun, Study
-from kerasgrad.remedies.training import FailedRun, Run, Settings
+from kerasgrad.remedies.training import DIVERGED_TIMES, FailedRun, Run, Settings
 from kerasgrad.tasks import Task
 
 _CLIPS_WHAT = {
@@ -41,8 +41,8 @@ COLUMNS = {
     "clipped": "share of the updates that clipping changed, median over the seeds",
     "ms/step": "time of a training step, GradientNorms included: median of a run's steps, median "
     "over the seeds; trainings side by side slow each other down",
-    "diverged": "runs with a NaN or Inf loss, or whose last batch's loss was more than 1000 times "
-    "the first one's; failed: runs that raised",
+    "diverged": "runs with a NaN or Inf loss, or whose last batch's loss was more than "
+    f"{DIVERGED_TIMES} times the first one's; failed: runs that raised",
 }
 
 

@@ -21,7 +21,7 @@ _VALIDATION_SHARE = 5
 
 # A loss that ends so many times above where it began has diverged, though it is a number: a float32
 # has room for 1e38.
-_DIVERGED_TIMES = 1000
+DIVERGED_TIMES = 1000
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Run:
         losses = self.history.loss
         finite = np.isfinite(self.final_loss) and np.isfinite(losses).all()
         # Not by the test loss, of which the choice of a learning rate must not know.
-        return bool(not finite or losses[-1] > _DIVERGED_TIMES * losses[0])
+        return bool(not finite or losses[-1] > DIVERGED_TIMES * losses[0])
 
     @property
     def ranked_loss(self) -> float:
