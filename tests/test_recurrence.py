@@ -261,20 +261,65 @@ def test_recurrent_dropout_equals_finite_differences(activation):
         assert relative_error(gradients[position], difference) < 1e-7
 
 
+MASKED = pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+OUTPUTS = pytest.mark.parametrize(
+    "return_sequences", [False, True], ids=["last state", "every state"]
+)
+
+
+def steps_of_a_chunk(step, most):
+    return recurrence_module._chunks(100, step, most)[1]
+
+
 @pytest.mark.parametrize("timesteps", [4, 11], ids="T={}".format)
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@MASKED
 @pytest.mark.parametrize("projected", [False, True], ids=["x itself", "projected"])
-@pytest.mark.parametrize("return_sequences", [False, True], ids=["last state", "every state"])
-def test_chunks_of_steps_give_the_gradients_of_autodiff(
+@OUTPUTS
+def test_chunks_of_gated_steps_give_the_gradients_of_autodiff(
     timesteps, masked, projected, return_sequences
 ):
     batch, units = 64, 128
-    assert recurrence_module._chunks(11, tf.zeros((12, batch // 2, units)))[1] == 4
+    # The batch is cut in two halves.
+    assert steps_of_a_chunk(batch // 2 * units, recurrence_module.GATES_NUMBERS) == 4
     rng = np.random.default_rng(timesteps)
     mask = tf.constant(rng.random((batch, timesteps)) < 0.7) if masked else None
     assert_gated_equals_autodiff(
         batch, timesteps, units, projected, mask=mask, return_sequences=return_sequences
     )
+
+
+@pytest.mark.parametrize("timesteps", [8, 19], ids="T={}".format)
+@MASKED
+@OUTPUTS
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "recurrent dropout"])
+def test_chunks_of_simple_steps_give_the_gradients_of_autodiff(
+    timesteps, masked, return_sequences, dropout
+):
+    batch, units = 64, 128
+    assert steps_of_a_chunk(batch // 2, recurrence_module.SIMPLE_EXAMPLES) == 8
+    rng = np.random.default_rng(timesteps)
+    mask = tf.constant(rng.random((batch, timesteps)) < 0.7) if masked else None
+    dropout = tf.constant(rng.integers(0, 2, (batch, units)) * 2.0) if dropout else None
+    shapes = [(batch, timesteps, 3), (batch, units), (3, units), (units, units), (units,)]
+    # Small enough that neither a state nor a gradient grows from step to step: rounding would, too.
+    tensors = [tf.constant(rng.normal(size=shape) / shape[-1]) for shape in shapes]
+
+    def explicit(*tensors):
+        return simple_recurrence(
+            *tensors,
+            activation=tanh,
+            mask=mask,
+            recurrent_dropout_mask=dropout,
+            return_sequences=return_sequences,
+        )
+
+    def plain(x, s_0, U, W, b):
+        def step(s, x_t):
+            return tf.tanh(x_t @ U + (s if dropout is None else s * dropout) @ W + b)
+
+        return step_by_step(x, s_0, step, mask, return_sequences)
+
+    assert_same_states_and_gradients(explicit, plain, tensors)
 
 
 def test_one_process_may_have_gated_recurrences_without_projection_of_any_sizes():
@@ -294,25 +339,32 @@ def assert_gated_equals_autodiff(batch, timesteps, units, projected, **options):
         *kernels, b_f, b_i = weights
         return gated_recurrence(x, s_0, kernels, [b_f, b_i], activation=tanh, **options)
 
-    def plain(*tensors):
-        return step_by_step(*tensors, **options)
+    def plain(x, s_0, K_f, K_i, *others):
+        *K_c, b_f, b_i = others
 
+        def step(s, x_t):
+            f, i = tf.sigmoid(x_t @ K_f + b_f), tf.sigmoid(x_t @ K_i + b_i)
+            return tf.tanh(f * s + i * (x_t @ K_c[0] if K_c else x_t))
+
+        return step_by_step(x, s_0, step, **options)
+
+    assert_same_states_and_gradients(explicit, plain, tensors)
+
+
+def assert_same_states_and_gradients(explicit, plain, tensors):
     states, gradients = zip(
         *(gradients_of(function, tensors) for function in (explicit, plain)), strict=True
     )
     np.testing.assert_allclose(*states, rtol=1e-12, atol=1e-14)
     for ours, autodiff in zip(*gradients, strict=True):
-        np.testing.assert_allclose(ours, autodiff, rtol=1e-9, atol=1e-13)
+        np.testing.assert_allclose(ours, autodiff, rtol=1e-9, atol=1e-12)
 
 
-def step_by_step(x, s_0, K_f, K_i, *others, mask=None, return_sequences=True):
-    """The gated recurrence with tanh as it is written; others: K_c where there is one, b_f, b_i."""
-    *K_c, b_f, b_i = others
+def step_by_step(x, s_0, step, mask=None, return_sequences=True):
+    """A recurrence as it is written: step(s_{t-1}, x_t) is s_t."""
     states = [s_0]
     for t in range(x.shape[1]):
-        x_t = x[:, t]
-        f, i = tf.sigmoid(x_t @ K_f + b_f), tf.sigmoid(x_t @ K_i + b_i)
-        s_t = tf.tanh(f * states[-1] + i * (x_t @ K_c[0] if K_c else x_t))
+        s_t = step(states[-1], x[:, t])
         states.append(s_t if mask is None else tf.where(mask[:, t, None], s_t, states[-1]))
     return tf.stack(states[1:], axis=1) if return_sequences else states[-1]
 

@@ -26,16 +26,16 @@ A step that the mask leaves out repeats the state, s_t = s_{t-1}, so δ_t = 0 an
 
 The code below is these lines. It is fast because it keeps little and does little at a step. Φ' is a
 function of s_t alone (1 - s² for tanh), so the forward pass keeps nothing but the states; gates are
-cheaper to compute again than to keep. A step is one matrix product, [x_t, s_{t-1}] times U and W
-stacked, and one pass over its result, which goes in place into one array of all steps: the loops
-are compiled by XLA. The weights' gradients of the simple recurrence, sums over steps, wait until
-after the loop and are one product. The gated recurrence goes back by chunks of steps that a core's
-cache holds. As A_t is diagonal, its loop over single steps is λ_{t-1} = g_{t-1} + f_t Φ'(a_t) λ_t
-and nothing else; the gates before it, and κ and its share of ∂L/∂K after it, are each one pass or
-one product over the whole chunk, and no κ outlives its chunk. What nobody asks for is not computed:
-outputs before the last, ∂L/∂x, and the simple recurrence's λ. And the examples of a batch do not
-meet before their gradients are summed: two cores take half of them each. λ, the quantity that
-vanishes or explodes, is there for the taking: `on_state_gradients` receives it.
+cheaper to compute again than to keep. What need not wait for the step before is done for a chunk of
+steps at once, as many as a core's cache holds: forward, the gates; backward, the gates once more,
+κ, and the chunk's part of ∂L/∂U and ∂L/∂W or of ∂L/∂K, after which δ and κ are forgotten. What is
+left to the loop over single steps is one product, by W or Wᵀ, and one pass over its result; as the
+gated A_t is diagonal, its steps are a pass alone, λ_{t-1} = g_{t-1} + f_t Φ'(a_t) λ_t. The loops
+are compiled by XLA, and each pass is over one long row, the numbers of every unit of every example,
+as vector instructions need. What nobody asks for is not computed: outputs before the last, a λ that
+is kept, and ∂L/∂x, which takes a walk back of its own. And the examples of a batch do not meet
+before their gradients are summed: two cores take half of them each. λ, the quantity that vanishes
+or explodes, is there for the taking: `on_state_gradients` receives it.
 """
 
 from __future__ import annotations
@@ -92,31 +92,24 @@ def simple_recurrence(
     Returns:
         (batch, timesteps, units), the states s_1 to s_T; or (batch, units), s_T.
     """
-    x, initial_state, kernel, recurrent_kernel = _tensors(
-        x, initial_state, kernel, recurrent_kernel
-    )
     if bias is not None:
-        x, kernel = _with_bias(x, kernel, tf.convert_to_tensor(bias))
+        (kernel,) = _with_biases([kernel], [bias])
 
     def states(x, s_0, mask, dropout, U, W):
         return _simple_states(x, s_0, mask, dropout, U, W, activation)
 
-    def gradients(g, s, x, s_0, mask, dropout, U, W):
-        δ, ds_0, *λ = _differentiable_once(
-            lambda g, s, x, s_0, U, W: _simple_gradients(
-                g, return_sequences, s, mask, dropout, W, activation, on_state_gradients is not None
-            )
-        )(g, s, x, s_0, U, W)
-        dx = _swap(tf.tensordot(δ, U, axes=[2, 1]))
-        dU = _sum_of_products(_swap(x), δ)
-        dW = _sum_of_products(_dropped(s[:-1], dropout), δ)
-        return dx, ds_0, [dU, dW], λ
+    def gradients(upstream, s, x, mask, dropout, U, W, with_λ):
+        dU, dW, ds_0, *λ = _simple_gradients(*upstream, s, x, mask, dropout, W, activation, with_λ)
+        return [dU, dW], ds_0, λ
+
+    def input_gradient(upstream, s, x, mask, dropout, U, W):
+        return _simple_input_gradient(*upstream, s, x, mask, dropout, U, W, activation)
 
     return _explicit(
-        states,
-        gradients,
+        (states, gradients, input_gradient),
         (x, initial_state, mask, recurrent_dropout_mask),
         (kernel, recurrent_kernel),
+        bias is not None,
         return_sequences,
         on_state_gradients,
     )
@@ -146,34 +139,24 @@ def gated_recurrence(
     Returns:
         (batch, timesteps, units), the states s_1 to s_T; or (batch, units), s_T.
     """
-    projected = len(kernels) == 3
-    x, initial_state, *kernels = _tensors(x, initial_state, *kernels)
-    kernel = tf.concat(kernels, axis=1)
     if biases is not None:
-        biases = _tensors(*biases)
-        of_candidate = [tf.zeros_like(biases[0])] if projected else []
-        x, kernel = _with_bias(x, kernel, tf.concat(biases + of_candidate, axis=0))
+        kernels = _with_biases(kernels, biases)
 
-    def states(x, s_0, mask, _, K):
-        return _gated_states(x, s_0, mask, K, activation, projected)
+    def states(x, s_0, mask, _, *kernels):
+        return _gated_states(x, s_0, mask, kernels, activation)
 
-    def gradients(g, s, x, s_0, mask, _, K):
-        dK, ds_0, λ = _differentiable_once(
-            lambda g, s, x, s_0, K: _gated_gradients(
-                g, return_sequences, s, x, mask, K, activation, projected
-            )
-        )(g, s, x, s_0, K)
-        # A function of its own: TensorFlow leaves it out where nobody asks for ∂L/∂x.
-        dx = _differentiable_once(
-            lambda λ, s, x, K: _gated_input_gradient(λ, s, x, mask, K, activation, projected)
-        )(λ, s, x, K)
-        return dx, ds_0, [dK], [λ]
+    def gradients(upstream, s, x, mask, _, *kernels, with_λ):
+        dkernels, ds_0, *λ = _gated_gradients(*upstream, s, x, mask, kernels, activation, with_λ)
+        return dkernels, ds_0, λ
+
+    def input_gradient(upstream, s, x, mask, _, *kernels):
+        return _gated_input_gradient(*upstream, s, x, mask, kernels, activation)
 
     return _explicit(
-        states,
-        gradients,
+        (states, gradients, input_gradient),
         (x, initial_state, mask, None),
-        (kernel,),
+        kernels,
+        biases is not None,
         return_sequences,
         on_state_gradients,
     )
@@ -181,8 +164,19 @@ def gated_recurrence(
 
 # Compiled apart from the model around them: under XLA these loops write their results in place,
 # which the same loops in a plain graph do not. (Of a tensor's argument that has a Greek name,
-# TensorFlow warns.)
+# TensorFlow warns.) In all of them time comes first, and the numbers of a step, those of every unit
+# of every example, are one row: a pass over many short rows XLA vectorizes badly or not at all.
 _compiled = tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
+
+
+@_compiled
+def _by_step(array, with_bias=False):
+    """(timesteps, batch, features); with a bias, 1 is the last feature."""
+    array = _swap(array)
+    return tf.pad(array, [[0, 0], [0, 0], [0, 1]], constant_values=1) if with_bias else array
+
+
+# Forward
 
 
 @_compiled
@@ -190,188 +184,260 @@ def _simple_states(x, s_0, mask, dropout, U, W, activation):
     """s_0 to s_T."""
     U_W = tf.concat([U, W], axis=0)
 
-    def step(x_t, s):
-        return activation(tf.concat([x_t, _dropped(s, dropout)], axis=1) @ U_W)
+    def step(s, x_t):
+        s = _dropped(tf.reshape(s, tf.shape(s_0)), dropout)
+        return activation(_flat(tf.concat([x_t, s], axis=1) @ U_W))
 
-    return _states(x, s_0, mask, step)
+    return _states(x, s_0, mask, lambda x: [x], step)
 
 
 @_compiled
-def _gated_states(x, s_0, mask, K, activation, projected):
+def _gated_states(x, s_0, mask, kernels, activation):
     """s_0 to s_T."""
 
-    def step(x_t, s):
-        f, i, c = _gates(x_t, K, tf.shape(s)[1], projected)
-        return activation(f * s + i * c)
+    def of_inputs(x):
+        f, i, c = _gates(x, kernels)
+        return [f, i * c]
 
-    return _states(x, s_0, mask, step)
+    def step(s, f, z):
+        return activation(f * s + z)
 
-
-def _gates(x, K, units, projected):
-    """f, i and c of one step, or of several."""
-    f, i, *c = _by_kernel(x @ K, projected)
-    return tf.sigmoid(f), tf.sigmoid(i), c[0] if projected else x[:, :units]
+    return _states(x, s_0, mask, of_inputs, step)
 
 
-def _states(x, s_0, mask, step):
-    """The forward loop; step(x_t, s_{t-1}) is s_t. Returns s_0 to s_T."""
-    T = tf.shape(x)[1]
+def _gates(x, kernels):
+    """f, i and c of some steps, each (steps, numbers of a step)."""
+    K_f, K_i, *K_c = kernels
+    steps, units = tf.shape(x)[0], tf.shape(K_f)[1]
 
-    def body(t, states):
-        s = states.read(t)
-        s_t = step(x[:, t], s)
-        if mask is not None:
-            s_t = tf.where(mask[:, t, tf.newaxis], s_t, s)
-        return t + 1, states.write(t + 1, s_t)
+    def product(K):
+        return tf.reshape(_rows(x) @ K, [steps, -1])
 
-    states = tf.TensorArray(s_0.dtype, T + 1, element_shape=s_0.shape, clear_after_read=False)
-    return tf.while_loop(lambda t, _: t < T, body, (0, states.write(0, s_0)))[1].stack()
+    c = product(K_c[0]) if K_c else tf.reshape(x[..., :units], [steps, -1])
+    return tf.sigmoid(product(K_f)), tf.sigmoid(product(K_i)), c
 
 
-@_compiled
-def _simple_gradients(g, return_sequences, s, mask, dropout, W, activation, with_λ):
-    """δ_1 to δ_T; ∂L/∂s_0; where asked for, λ_1 to λ_T."""
-    T, W_T = tf.shape(s)[0] - 1, tf.transpose(W)
-    derivative = DERIVATIVE_AT_OUTPUT[activation]
+def _states(x, s_0, mask, of_inputs, step):
+    """The forward loop: s_0 to s_T.
 
-    # What goes from one round of the loop to the next: δ_t, and λ_t where a masked step passes it
-    # on. Of each array more that went, XLA would make another pass over the step's numbers.
-    def through_activation(t, λ_t):
-        δ_t = derivative(s[t + 1]) * λ_t
-        if mask is None:
-            return (δ_t,)
-        return tf.where(mask[:, t, tf.newaxis], δ_t, tf.zeros_like(δ_t)), λ_t
+    Args:
+        of_inputs: from x of some steps to a list of arrays, which hold what these steps need.
+        step: from s_{t-1} and what step t needs to s_t.
+    """
+    T, units = tf.shape(x)[0], tf.shape(s_0)[1]
+    chunks, steps, _ = _chunks(T, tf.size(s_0), GATES_NUMBERS)
 
-    def through_step(t, δ_t, *λ_t):
-        to_earlier = _dropped(δ_t @ W_T, dropout)
-        return to_earlier if mask is None else tf.where(mask[:, t, tf.newaxis], to_earlier, *λ_t)
+    def through_chunk(chunk, states):
+        # The last chunk is as long as the others, and begins within the one before.
+        start = tf.minimum(chunk * steps, T - steps)
+        needed = of_inputs(_slice(x, start, steps))
 
-    def body(t, at_t, _, δ, λ):
-        from_later = through_step(t, *at_t)
-        λ_before = g[:, t - 1] + from_later if return_sequences else from_later
-        # λ_0, of the last round, goes where λ_T will be.
-        λ = [array.write((t - 1) % T, λ_before) for array in λ]
-        return t - 1, through_activation(t - 1, λ_before), at_t, δ.write(t, at_t[0]), λ
+        def body(t, states):
+            s = states.read(start + t)
+            s_t = step(s, *(array[t] for array in needed))
+            if mask is not None:
+                s_t = tf.where(tf.repeat(mask[start + t], units), s_t, s)
+            return t + 1, states.write(start + t + 1, s_t)
 
-    λ_T = g[:, T - 1] if return_sequences else g
-    at_T = through_activation(T - 1, λ_T)
-    δ = tf.TensorArray(s.dtype, T, element_shape=s.shape[1:])
-    λ = [tf.TensorArray(s.dtype, T, element_shape=s.shape[1:])] if with_λ else []
-    # The last round goes one step too far, and its λ_0 has passed through an activation that s_0
-    # has not: ∂L/∂s_0 is taken from the round before.
-    _, _, at_1, δ, λ = tf.while_loop(lambda t, *_: t >= 0, body, (T - 1, at_T, at_T, δ, λ))
-    λ = [array.write(T - 1, λ_T).stack() for array in λ]
-    return δ.stack(), through_step(0, *at_1), *λ
+        return chunk + 1, tf.while_loop(lambda t, _: t < steps, body, (0, states))[1]
+
+    states = _steps(T + 1, s_0).write(0, _flat(s_0))
+    return tf.while_loop(lambda chunk, _: chunk <= chunks, through_chunk, (0, states))[1].stack()
+
+
+# Backward. What the outputs alone pass to the states: g_1 to g_T, or None where only the last state
+# is an output, and what the loop starts from, 0 or ∂L/∂s_T.
 
 
 @_compiled
-def _gated_gradients(g, return_sequences, s, x, mask, K, activation, projected):
-    """∂L/∂K; ∂L/∂s_0; λ_1 to λ_T."""
-    T = tf.shape(x)[1]
-    chunks, steps, steps_of_last = _chunks(T, s)
+def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, with_λ):
+    """∂L/∂U; ∂L/∂W; ∂L/∂s_0; where asked for, λ_1 to λ_T."""
+    (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(W)[0]
+    backward = _simple_backward(g, s, mask, dropout, W, activation)
 
-    def through_chunk(start, steps, from_later, λ, dkernels):
-        chunk = _Chunk(start, steps, s, x, mask, K, activation, projected)
+    def through_chunk(start, steps, from_later, λ, dU, dW):
+        from_later, λ, δ = backward(start, steps, from_later, λ)
+        δ = tf.reshape(δ, [-1, units])
+        s_before = tf.reshape(_slice(s, start, steps), [steps, batch, units])
+        dU += _sum_of_products(_slice(x, start, steps), δ, dU.dtype)
+        dW += _sum_of_products(_dropped(s_before, dropout), δ, dW.dtype)
+        return from_later, λ, dU, dW
 
-        def body(t, from_later, λ):
-            λ_t = g[:, start + t] + from_later if return_sequences else from_later
-            return t - 1, chunk.to_earlier[t] * λ_t, λ.write(start + t, λ_t)
+    λ = [_steps(T, s)] if with_λ else []
+    sums = _zeros([features, units], s), _zeros([units, units], s)
+    chunks = _chunks(T, batch, SIMPLE_EXAMPLES)
+    ds_0, λ, dU, dW = _by_chunks(chunks, through_chunk, at_end, λ, *sums)
+    dU, dW = tf.cast(dU, s.dtype), tf.cast(dW, s.dtype)
+    return dU, dW, tf.reshape(ds_0, [batch, units]), *(array.stack() for array in λ)
 
-        _, from_later, λ = tf.while_loop(lambda t, *_: t >= 0, body, (steps - 1, from_later, λ))
-        κ, _ = chunk.gradients(λ.stack())
+
+@_compiled
+def _simple_input_gradient(g, at_end, s, x, mask, dropout, U, W, activation):
+    """∂L/∂x, by step."""
+    backward = _simple_backward(g, s, mask, dropout, W, activation)
+    _, _, δ = backward(0, tf.shape(x)[0], at_end, [])
+    return tf.reshape(tf.reshape(δ, [-1, tf.shape(W)[0]]) @ tf.transpose(U), tf.shape(x))
+
+
+def _simple_backward(g, s, mask, dropout, W, activation):
+    """The backward loop over some steps: to what goes on to earlier ones, λ where kept, and δ."""
+    derivative, W_T, units = DERIVATIVE_AT_OUTPUT[activation], tf.transpose(W), tf.shape(W)[0]
+
+    def backward(start, steps, from_later, λ):
+        def body(t, from_later, λ, δ):
+            λ_t = _plus_upstream(g, start + t, from_later)
+            δ_t = derivative(s[start + t + 1]) * λ_t
+            to_earlier = _flat(_dropped(tf.reshape(δ_t, [-1, units]) @ W_T, dropout))
+            if mask is not None:
+                taken = tf.repeat(mask[start + t], units)
+                δ_t = tf.where(taken, δ_t, tf.zeros_like(δ_t))
+                to_earlier = tf.where(taken, to_earlier, λ_t)
+            λ = [array.write(start + t, λ_t) for array in λ]
+            return to_earlier, λ, δ.write(t, δ_t)
+
+        to_earlier, λ, δ = _from_last(steps, body, from_later, λ, _steps(steps, s))
+        return to_earlier, λ, δ.stack()
+
+    return backward
+
+
+@_compiled
+def _gated_gradients(g, at_end, s, x, mask, kernels, activation, with_λ):
+    """∂L/∂K of each kernel; ∂L/∂s_0; where asked for, λ_1 to λ_T."""
+    (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(kernels[0])[1]
+    backward = _gated_backward(g, s, x, mask, kernels, activation)
+
+    def through_chunk(start, steps, from_later, λ, *dkernels):
+        from_later, λ, κ, _ = backward(start, steps, from_later, λ)
+        x_of_chunk = _slice(x, start, steps)
         dkernels = [
-            dkernel + tf.cast(_sum_of_products(chunk.x, κ_of_kernel), dkernel.dtype)
+            dkernel + _sum_of_products(x_of_chunk, κ_of_kernel, dkernel.dtype)
             for dkernel, κ_of_kernel in zip(dkernels, κ, strict=True)
         ]
-        return from_later, λ, dkernels
+        return from_later, λ, *dkernels
 
-    def body(chunk, *carried):
-        return chunk - 1, *through_chunk(chunk * steps, steps, *carried)
-
-    from_later = tf.zeros_like(s[0]) if return_sequences else g
-    λ = tf.TensorArray(s.dtype, T, element_shape=s.shape[1:], clear_after_read=False)
-    # In 16 bits a sum over many chunks would lose what a single product keeps.
-    sum_type = tf.float32 if s.dtype.size < 4 else s.dtype
-    dkernels = [tf.zeros_like(kernel, sum_type) for kernel in _by_kernel(K, projected)]
-    carried = through_chunk(chunks * steps, steps_of_last, from_later, λ, dkernels)
-    _, ds_0, λ, dkernels = tf.while_loop(lambda chunk, *_: chunk >= 0, body, (chunks - 1, *carried))
-    return tf.cast(tf.concat(dkernels, axis=1), K.dtype), ds_0, λ.stack()
+    λ = [_steps(T, s)] if with_λ else []
+    sums = [_zeros([features, units], s) for _ in kernels]
+    chunks = _chunks(T, batch * units, GATES_NUMBERS)
+    ds_0, λ, *dkernels = _by_chunks(chunks, through_chunk, at_end, λ, *sums)
+    dkernels = [tf.cast(dkernel, s.dtype) for dkernel in dkernels]
+    return dkernels, tf.reshape(ds_0, [batch, units]), *(array.stack() for array in λ)
 
 
 @_compiled
-def _gated_input_gradient(state_gradients, s, x, mask, K, activation, projected):
-    """∂L/∂x, from λ_1 to λ_T."""
-    λ = state_gradients
-    T, _, units = tf.unstack(tf.shape(λ))
-    batch, _, features = tf.unstack(tf.shape(x))
-    chunks, steps, steps_of_last = _chunks(T, s)
+def _gated_input_gradient(g, at_end, s, x, mask, kernels, activation):
+    """∂L/∂x, by step."""
+    (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(kernels[0])[1]
+    backward = _gated_backward(g, s, x, mask, kernels, activation)
+    chunks, steps, _ = sizes = _chunks(T, batch * units, GATES_NUMBERS)
 
-    def of_chunk(start):
-        chunk = _Chunk(start, steps, s, x, mask, K, activation, projected)
-        κ, dc = chunk.gradients(λ)
-        kernels = _by_kernel(K, projected)
-        dx = tf.add_n([κ @ tf.transpose(kernel) for κ, kernel in zip(κ, kernels, strict=True)])
-        if not projected:
-            dx += tf.pad(dc, [[0, 0], [0, features - units]])
-        return tf.reshape(dx, [steps, batch, features])
+    def through_chunk(start, steps_of_chunk, from_later, dx):
+        from_later, _, κ, dc = backward(start, steps_of_chunk, from_later, [])
+        dx_of_chunk = tf.add_n([κ @ tf.transpose(K) for κ, K in zip(κ, kernels, strict=True)])
+        if len(kernels) == 2:
+            dx_of_chunk += tf.pad(dc, [[0, 0], [0, features - units]])
+        # As many steps as the other chunks have: what is past T is cut off below.
+        missing = (steps - steps_of_chunk) * batch
+        dx_of_chunk = tf.pad(dx_of_chunk, [[0, missing], [0, 0]])
+        return from_later, dx.write(start // steps, dx_of_chunk)
 
-    # The last chunk is as long as the others here, and begins within the one before.
-    starts = tf.minimum(steps * tf.range(chunks + 1), T - steps)
-    dx = tf.map_fn(of_chunk, starts, fn_output_signature=x.dtype)
-    before_last = tf.reshape(dx[:-1], [chunks * steps, batch, features])
-    return _swap(tf.concat([before_last, dx[-1, steps - steps_of_last :]], axis=0))
+    dx = tf.TensorArray(s.dtype, chunks + 1, element_shape=[None, None])
+    _, dx = _by_chunks(sizes, through_chunk, at_end, dx)
+    return tf.reshape(dx.stack(), [(chunks + 1) * steps, batch, features])[:T]
 
 
-class _Chunk:
-    """A few steps of the gated recurrence, their gates computed again, all in one product.
+def _gated_backward(g, s, x, mask, kernels, activation):
+    """The backward loop over some steps: to what goes on to earlier ones, λ where kept, κ, ∂L/∂c.
 
-    x (of a row for each step of each example), and to_earlier, (steps, batch, units): what takes
-    λ_t to the step before, f_t ⊙ Φ'(a_t), or 1 where the mask leaves the step out.
+    κ (of each kernel) and ∂L/∂c as rows, (steps * batch, units).
     """
+    derivative, units = DERIVATIVE_AT_OUTPUT[activation], tf.shape(kernels[0])[1]
 
-    def __init__(self, start, steps, s, x, mask, K, activation, projected):
-        self._start, self._steps = start, steps
-        self.x = _rows(_swap(_slice(x, 1, start, steps)))
-        self._f, self._i, self._c = _gates(self.x, K, tf.shape(s)[2], projected)
-        self._s_before = self._of_steps(s)
-        self._derivative = DERIVATIVE_AT_OUTPUT[activation](self._of_steps(s, 1))
-        to_earlier = self._f * self._derivative
+    def backward(start, steps, from_later, λ):
+        f, i, c = _gates(_slice(x, start, steps), kernels)
+        slope = derivative(_slice(s, start + 1, steps))
+        to_earlier = f * slope
         if mask is not None:
-            mask = _rows(tf.transpose(_slice(mask, 1, start, steps))[..., tf.newaxis])
-            self._derivative = tf.where(mask, self._derivative, tf.zeros_like(to_earlier))
-            to_earlier = tf.where(mask, to_earlier, tf.ones_like(to_earlier))
-        self.to_earlier = tf.reshape(to_earlier, [steps, *tf.unstack(tf.shape(s))[1:]])
-        self._projected = projected
+            taken = tf.repeat(_slice(mask, start, steps), units, axis=1)
+            slope = tf.where(taken, slope, tf.zeros_like(slope))
+            to_earlier = tf.where(taken, to_earlier, tf.ones_like(slope))
 
-    def gradients(self, λ):
-        """([∂L/∂(K x_t) of each kernel], ∂L/∂c_t), from λ of all steps of the sequence."""
-        f, i, c = self._f, self._i, self._c
-        δ = self._derivative * self._of_steps(λ)
+        def body(t, from_later, λ, λ_of_chunk):
+            λ_t = _plus_upstream(g, start + t, from_later)
+            λ = [array.write(start + t, λ_t) for array in λ]
+            return to_earlier[t] * λ_t, λ, λ_of_chunk.write(t, λ_t)
+
+        from_later, λ, λ_of_chunk = _from_last(steps, body, from_later, λ, _steps(steps, s))
+        δ = slope * λ_of_chunk.stack()
         dc = δ * i
-        κ = [δ * self._s_before * f * (1 - f), dc * c * (1 - i)]
-        return κ + [dc] * self._projected, dc
+        κ = [δ * _slice(s, start, steps) * f * (1 - f), dc * c * (1 - i), dc][: len(kernels)]
+        *κ, dc = (tf.reshape(array, [-1, units]) for array in (*κ, dc))
+        return from_later, λ, κ, dc
 
-    def _of_steps(self, array, shift=0):
-        return _rows(_slice(array, 0, self._start + shift, self._steps))
+    return backward
 
 
-def _chunks(T, s):
-    """How T steps are cut: n chunks of so many steps, and a last one of so many."""
-    # As measured: what a core's cache (1 MB) holds, and enough for products at full speed.
-    numbers_a_step = tf.maximum(1, tf.shape(s)[1] * tf.shape(s)[2])
-    steps = tf.clip_by_value(2**14 // numbers_a_step, 1, T)
+def _plus_upstream(g, t, from_later):
+    """λ_t."""
+    return from_later if g is None else g[t] + from_later
+
+
+# By chunks of steps
+
+
+# How large a chunk is at the most, as measured. With gates, so many numbers of each array: a core's
+# cache (1 MB) has to hold some ten of them. For the simple recurrence's sums, so many examples of
+# steps: a larger product would be cut in two for the other core, which has its own share to do.
+GATES_NUMBERS, SIMPLE_EXAMPLES = 2**14, 2**8
+
+
+def _chunks(T, step, most):
+    """How T steps are cut: n chunks of so many steps, and a last one of so many.
+
+    Args:
+        step, most: how large one step is, and a chunk may be.
+    """
+    steps = tf.clip_by_value(most // tf.maximum(1, step), 1, T)
     return (T - 1) // steps, steps, (T - 1) % steps + 1
 
 
-def _by_kernel(K, projected):
-    return tf.split(K, 3 if projected else 2, axis=1)
+def _by_chunks(sizes, through_chunk, *carried):
+    """From the last chunk to the first: through_chunk(start, steps, *carried) is carried on."""
+    chunks, steps, steps_of_last = sizes
+
+    def body(chunk, *carried):
+        return through_chunk(chunk * steps, steps, *carried)
+
+    return _from_last(chunks, body, *through_chunk(chunks * steps, steps_of_last, *carried))
 
 
-def _slice(array, axis, start, size):
-    # Unlike array[start : start + size], of a size that XLA can tell.
-    begin, sizes = [0] * array.shape.rank, tf.unstack(tf.shape(array))
-    begin[axis], sizes[axis] = start, size
-    return tf.slice(array, begin, sizes)
+def _from_last(count, body, *carried):
+    """carried = body(t, *carried) for t from count - 1 to 0."""
+
+    def body_of_loop(t, *carried):
+        after = body(t, *carried)
+        # Where one trace serves layers of several sizes, TensorFlow loses shapes on the way.
+        for old, new in zip(tf.nest.flatten(carried), tf.nest.flatten(after), strict=True):
+            if isinstance(new, tf.Tensor):
+                new.set_shape(old.shape)
+        return t - 1, *after
+
+    return tf.while_loop(lambda t, *_: t >= 0, body_of_loop, (count - 1, *carried))[1:]
+
+
+def _steps(T, like):
+    """An array for T steps, which a compiled loop fills in place."""
+    return tf.TensorArray(like.dtype, T, element_shape=[None], clear_after_read=False)
+
+
+def _slice(array, start, steps):
+    # Unlike array[start : start + steps], of a size that XLA can tell.
+    shape = tf.unstack(tf.shape(array))
+    return tf.slice(array, [start] + [0] * (len(shape) - 1), [steps, *shape[1:]])
+
+
+def _flat(array):
+    return tf.reshape(array, [-1])
 
 
 def _rows(array):
@@ -384,63 +450,106 @@ def _swap(array):
     return tf.transpose(array, [1, 0, 2])
 
 
-def _sum_of_products(a, b):
+def _zeros(shape, like):
+    # In 16 bits a sum over many chunks would lose what a single product keeps.
+    return tf.zeros(shape, tf.float32 if like.dtype.size < 4 else like.dtype)
+
+
+def _sum_of_products(a, b, dtype):
     """Σ_t a_t b_tᵀ, over the examples too."""
-    return tf.matmul(_rows(a), _rows(b), transpose_a=True)
+    return tf.cast(tf.matmul(_rows(a), _rows(b), transpose_a=True), dtype)
 
 
 def _dropped(s, dropout):
     return s if dropout is None else s * dropout
 
 
-def _with_bias(x, kernel, bias):
-    """x with the constant input 1, and the kernel with its weight."""
-    x = tf.pad(x, [[0, 0], [0, 0], [0, 1]], constant_values=1)
-    return x, tf.concat([kernel, bias[tf.newaxis]], axis=0)
+# As TensorFlow is to see it
 
 
-def _tensors(*values):
+def _with_biases(kernels, biases):
+    """The kernels with the weights of the constant input 1; those of a last one are 0."""
+    biases = _tensors(biases)
+    biases += [tf.zeros_like(biases[0])] * (len(kernels) - len(biases))
+    return [
+        tf.concat([kernel, bias[tf.newaxis]], axis=0)
+        for kernel, bias in zip(_tensors(kernels), biases, strict=True)
+    ]
+
+
+def _tensors(values):
     # A custom gradient keeps a variable as it is, and would read it in the backward pass, when a
     # stateful layer has already put the new state there.
     return [tf.convert_to_tensor(value) for value in values]
 
 
-def _explicit(states, gradients, examples, weights, return_sequences, on_state_gradients):
-    """The recurrence whose compiled loops are given, as TensorFlow is to see it.
+def _explicit(functions, examples, weights, with_bias, return_sequences, on_state_gradients):
+    """The recurrence whose compiled functions are given, as TensorFlow is to see it.
 
     Args:
-        states: from a share of the examples, then the weights, to s_0 to s_T, time first.
-        gradients: from g, the states and the same arguments, to ∂L/∂x and ∂L/∂s_0 of the share,
-            its part of ∂L/∂weight of each weight, and [λ_1 to λ_T] or [].
+        functions: for a share of the examples, time first:
+            states(x, s_0, mask, dropout, *weights) is s_0 to s_T;
+            gradients((g, at_end), s, x, mask, dropout, *weights, with_λ=) is [∂L/∂weight of each],
+            ∂L/∂s_0, and [λ_1 to λ_T] or [];
+            input_gradient((g, at_end), s, x, mask, dropout, *weights) is ∂L/∂x.
         examples: x, s_0, and the two masks or None; batch first.
-        weights: tensors.
+        weights: the kernels' last feature is the bias, if with_bias.
         return_sequences, on_state_gradients: as in `simple_recurrence`.
     """
+    states, gradients, input_gradient = functions
     x, s_0, *masks = examples
-    batch, timesteps = x.shape[:2]
+    x, s_0, *weights = _tensors([x, s_0, *weights])
+    batch, timesteps, _ = x.shape
     units = s_0.shape[1]
+    with_λ = on_state_gradients is not None
+
+    def of_share(x, s_0, mask, dropout, weights):
+        """The outputs of a share of the batch, and the function from their gradient to others."""
+        tensors = [x, s_0, *weights]
+        x, s_0, *weights = _constants(tensors)
+        of_steps = [tf.shape(x)[1], *tf.unstack(tf.shape(s_0))]
+        inputs = _by_step(x, with_bias), None if mask is None else tf.transpose(mask), dropout
+        s = states(inputs[0], s_0, *inputs[1:], *weights)
+
+        def gradient(g):
+            if return_sequences:
+                upstream = (
+                    tf.reshape(_by_step(*_constants([g])), tf.shape(s[1:])),
+                    tf.zeros_like(s[0]),
+                )
+            else:
+                upstream = None, *_constants([_flat(g)])
+            arguments = upstream, s, *inputs, *weights
+            dweights, ds_0, λ = _differentiable_once(
+                lambda: gradients(*arguments, with_λ=with_λ), [g, *tensors]
+            )
+            # A function of its own: TensorFlow leaves it out where nobody asks for ∂L/∂x.
+            dx = _swap(_differentiable_once(lambda: input_gradient(*arguments), [g, *tensors]))
+            λ = [tf.reshape(λ, of_steps) for λ in λ]
+            return dx[..., :-1] if with_bias else dx, ds_0, dweights, λ
+
+        if return_sequences:
+            return _swap(tf.reshape(s[1:], of_steps)), gradient
+        return tf.reshape(s[-1], of_steps[1:]), gradient
 
     @tf.custom_gradient
     def recurrence(x, s_0, *weights):
-        shares = _shares(s_0, x, s_0, *masks)
-        s = [states(*_constants(*share, *weights)) for share in shares]
+        shares = [of_share(*share, weights) for share in _shares(s_0, x, s_0, *masks)]
+        outputs = tf.concat([outputs for outputs, _ in shares], axis=0)
 
         def gradient(g):
             parts = [
-                gradients(g, s, *share, *weights)
-                for (g,), s, share in zip(_shares(s_0, g), s, shares, strict=True)
+                gradient(g) for (g,), (_, gradient) in zip(_shares(s_0, g), shares, strict=True)
             ]
             dx, ds_0, dweights, λ = zip(*parts, strict=True)
-            if on_state_gradients is not None:
+            if with_λ:
                 on_state_gradients([_of_shape(λ, [timesteps, None, units]) for (λ,) in λ])
             dweights = [tf.add_n(parts) for parts in zip(*dweights, strict=True)]
             inputs, dinputs = [x, s_0, *weights], [tf.concat(dx, 0), tf.concat(ds_0, 0), *dweights]
             return [_of_shape(d, input.shape) for d, input in zip(dinputs, inputs, strict=True)]
 
-        if return_sequences:
-            outputs = tf.concat([_swap(s[1:]) for s in s], axis=0)
-            return _of_shape(outputs, [batch, timesteps, units]), gradient
-        return _of_shape(tf.concat([s[-1] for s in s], axis=0), [batch, units]), gradient
+        shape = [batch, timesteps, units] if return_sequences else [batch, units]
+        return _of_shape(outputs, shape), gradient
 
     return recurrence(x, s_0, *weights)
 
@@ -471,17 +580,20 @@ def _worth_sharing(batch, units):
     return large and not tf.config.list_logical_devices("GPU")
 
 
-def _constants(*tensors):
+def _constants(tensors):
     # An eager tape would otherwise record the compiled loop itself and ask XLA for a list of its
     # intermediate tensors, which it cannot hand out.
-    return [None if tensor is None else tf.stop_gradient(tensor) for tensor in tensors]
+    return [tf.stop_gradient(tensor) for tensor in tensors]
 
 
-def _differentiable_once(function):
-    """`function`, with a clear error where TensorFlow would return a wrong second derivative."""
+def _differentiable_once(function, tensors):
+    """function(), with an error where a second derivative would come out wrong.
+
+    That is, where somebody asks for the derivative of its result by one of the tensors.
+    """
 
     @tf.custom_gradient
-    def guarded(*tensors):
+    def guarded(*_):
         def second_derivative(*_):
             raise ValueError(
                 "kerasgrad's recurrent layers are differentiable once, and a second derivative "
@@ -490,6 +602,6 @@ def _differentiable_once(function):
                 "model: both take the same weights."
             )
 
-        return function(*_constants(*tensors)), second_derivative
+        return function(), second_derivative
 
-    return guarded
+    return guarded(*tensors)
