@@ -156,11 +156,12 @@ def fastest_mode(kind, units, timesteps, features):
     return best, made[best], seconds
 
 
-def in_fit(kind, ours, targets, quick):
+def in_fit(kind, ours, targets, quick, products=None):
     """Rows of a table of layers in fit: `ours` is {name: units -> layer}, against Keras's kind.
 
     The rest of the step is the same model with the last x_T in place of the recurrent layer: what
-    `fit`, the dense layer and the optimizer take, whatever the layer.
+    `fit`, the dense layer and the optimizer take, whatever the layer. products(units, timesteps,
+    features) times the matrix products that the layer needs, and nothing else of it.
     """
     import keras
 
@@ -171,7 +172,12 @@ def in_fit(kind, ours, targets, quick):
         variants = {"keras": times, "rest": regression(no_loop, timesteps, features)}
         for name, make in ours.items():
             variants[name] = regression(make(units), timesteps, features)
+        if products is not None:
+            variants["products"] = products(units, timesteps, features)
         taken = take_turns(variants, turns=2 if quick else 9)
+        floor = None
+        if products is not None:
+            floor = [sum(both) for both in zip(taken["rest"], taken["products"], strict=True)]
         for name in ours:
             speedup = ratio(taken["keras"], taken[name])
             yield {
@@ -182,6 +188,7 @@ def in_fit(kind, ours, targets, quick):
                 "ms_a_step": 1e3 * median(taken[name]),
                 "keras_ms_a_step": 1e3 * median(taken["keras"]),
                 "rest_ms_a_step": 1e3 * median(taken["rest"]),
+                "rest_and_products_ms": 1e3 * median(floor) if floor else None,
                 "keras_mode": mode,
                 "keras_ms_by_mode": {name: 1e3 * value for name, value in by_mode.items()},
                 "times_faster": speedup["median"],
@@ -198,6 +205,7 @@ FIT_COLUMNS = (
     "T",
     "ms a step",
     "rest of the step",
+    "with the products",
     "Keras's",
     "mode",
     "times faster",
@@ -212,6 +220,7 @@ def fit_row(row):
         row["timesteps"],
         f"{row['ms_a_step']:.2f}",
         f"{row['rest_ms_a_step']:.2f}",
+        "" if row["rest_and_products_ms"] is None else f"{row['rest_and_products_ms']:.2f}",
         f"{row['keras_ms_a_step']:.2f}",
         row["keras_mode"],
         at_least(row["times_faster"], row["quartiles"], row["target"]),
@@ -237,7 +246,49 @@ def simplified_lstm(quick):
         return 10.0 if timesteps >= 1600 else 6.0 if timesteps >= 400 else 3.0
 
     ours = {"SimplifiedLSTM": make(None), "SimplifiedLSTM, tanh": make("tanh")}
-    yield from in_fit("LSTM", ours, target, quick)
+    yield from in_fit("LSTM", ours, target, quick, gate_products)
+
+
+def gate_products(units, timesteps, features):
+    """A function from steps to seconds of x K of three kernels, forward and backward, and of xᵀ κ.
+
+    Of x with the constant input of the bias; both halves of the batch side by side, in chunks of
+    2^14 numbers, as the layer does, in compiled loops that only add the results up.
+    """
+    import numpy as np
+    import tensorflow as tf
+
+    examples = BATCH // 2
+    rows = max(1, 2**14 // (examples * units)) * examples
+    chunks = math.ceil(timesteps * examples / rows)
+    rng = np.random.default_rng(0)
+    *halves, K = (
+        tf.constant(rng.normal(size=shape).astype("float32"))
+        for shape in (2 * [(chunks, rows, features + 1)] + [(3, features + 1, units)])
+    )
+
+    @tf.function(jit_compile=True, autograph=False)
+    def of_half(x, K):
+        def loop(product, sums):
+            def body(chunk, *sums):
+                return chunk + 1, *(sum + product(x[chunk], k) for k, sum in enumerate(sums))
+
+            return tf.while_loop(lambda chunk, *_: chunk < chunks, body, (0, *sums))[1:]
+
+        def gates(x, k):
+            return x @ K[k]
+
+        z = loop(gates, loop(gates, [tf.zeros([rows, units])] * 3))
+        return loop(
+            lambda x, k: tf.matmul(x, z[k], transpose_a=True),
+            [tf.zeros([features + 1, units])] * 3,
+        )
+
+    @tf.function(autograph=False)
+    def both_halves(halves, K):
+        return [of_half(x, K) for x in halves]
+
+    return timed(lambda: both_halves(halves, K))
 
 
 # The recurrences alone
