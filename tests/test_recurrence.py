@@ -268,7 +268,7 @@ OUTPUTS = pytest.mark.parametrize(
 
 
 def steps_of_a_chunk(step, most):
-    return recurrence_module._chunks(100, step, most)[1]
+    return recurrence_module._steps_of_a_chunk(100, step, most)
 
 
 @pytest.mark.parametrize("timesteps", [4, 11], ids="T={}".format)

@@ -225,7 +225,7 @@ def _states(x, s_0, mask, of_inputs, step):
         step: from s_{t-1} and what step t needs to s_t.
     """
     T, units = tf.shape(x)[0], tf.shape(s_0)[1]
-    chunks, steps, _ = _chunks(T, tf.size(s_0), GATES_NUMBERS)
+    steps = _steps_of_a_chunk(T, tf.size(s_0), GATES_NUMBERS)
 
     def through_chunk(chunk, states):
         # The last chunk is as long as the others, and begins within the one before.
@@ -241,8 +241,9 @@ def _states(x, s_0, mask, of_inputs, step):
 
         return chunk + 1, tf.while_loop(lambda t, _: t < steps, body, (0, states))[1]
 
+    chunks = (T - 1) // steps + 1
     states = _steps(T + 1, s_0).write(0, _flat(s_0))
-    return tf.while_loop(lambda chunk, _: chunk <= chunks, through_chunk, (0, states))[1].stack()
+    return tf.while_loop(lambda chunk, _: chunk < chunks, through_chunk, (0, states))[1].stack()
 
 
 # Backward. What the outputs alone pass to the states: g_1 to g_T, or None where only the last state
@@ -255,8 +256,10 @@ def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, with_λ):
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(W)[0]
     backward = _simple_backward(g, s, mask, dropout, W, activation)
 
-    def through_chunk(start, steps, from_later, λ, dU, dW):
-        from_later, λ, δ = backward(start, steps, from_later, λ)
+    steps = _steps_of_a_chunk(T, batch, SIMPLE_EXAMPLES)
+
+    def through_chunk(_, start, own, from_later, λ, dU, dW):
+        from_later, λ, δ = backward(start, steps, own, from_later, λ)
         δ = tf.reshape(δ, [-1, units])
         s_before = tf.reshape(_slice(s, start, steps), [steps, batch, units])
         dU += _sum_of_products(_slice(x, start, steps), δ, dU.dtype)
@@ -265,8 +268,7 @@ def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, with_λ):
 
     λ = [_steps(T, s)] if with_λ else []
     sums = _zeros([features, units], s), _zeros([units, units], s)
-    chunks = _chunks(T, batch, SIMPLE_EXAMPLES)
-    ds_0, λ, dU, dW = _by_chunks(chunks, through_chunk, at_end, λ, *sums)
+    ds_0, λ, dU, dW = _by_chunks(T, steps, through_chunk, at_end, λ, *sums)
     dU, dW = tf.cast(dU, s.dtype), tf.cast(dW, s.dtype)
     return dU, dW, tf.reshape(ds_0, [batch, units]), *(array.stack() for array in λ)
 
@@ -274,16 +276,19 @@ def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, with_λ):
 @_compiled
 def _simple_input_gradient(g, at_end, s, x, mask, dropout, U, W, activation):
     """∂L/∂x, by step."""
-    backward = _simple_backward(g, s, mask, dropout, W, activation)
-    _, _, δ = backward(0, tf.shape(x)[0], at_end, [])
+    backward, T = _simple_backward(g, s, mask, dropout, W, activation), tf.shape(x)[0]
+    _, _, δ = backward(0, T, T, at_end, [])
     return tf.reshape(tf.reshape(δ, [-1, tf.shape(W)[0]]) @ tf.transpose(U), tf.shape(x))
 
 
 def _simple_backward(g, s, mask, dropout, W, activation):
-    """The backward loop over some steps: to what goes on to earlier ones, λ where kept, and δ."""
+    """The loop over a chunk's own steps: to what goes on to earlier ones, λ where kept, and δ.
+
+    δ of all steps of the chunk: 0 of those that are not its own.
+    """
     derivative, W_T, units = DERIVATIVE_AT_OUTPUT[activation], tf.transpose(W), tf.shape(W)[0]
 
-    def backward(start, steps, from_later, λ):
+    def backward(start, steps, own, from_later, λ):
         def body(t, from_later, λ, δ):
             λ_t = _plus_upstream(g, start + t, from_later)
             δ_t = derivative(s[start + t + 1]) * λ_t
@@ -295,7 +300,7 @@ def _simple_backward(g, s, mask, dropout, W, activation):
             λ = [array.write(start + t, λ_t) for array in λ]
             return to_earlier, λ, δ.write(t, δ_t)
 
-        to_earlier, λ, δ = _from_last(steps, body, from_later, λ, _steps(steps, s))
+        to_earlier, λ, δ = _from_last(own, body, from_later, λ, _steps(steps, s))
         return to_earlier, λ, δ.stack()
 
     return backward
@@ -307,8 +312,10 @@ def _gated_gradients(g, at_end, s, x, mask, kernels, activation, with_λ):
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(kernels[0])[1]
     backward = _gated_backward(g, s, x, mask, kernels, activation)
 
-    def through_chunk(start, steps, from_later, λ, *dkernels):
-        from_later, λ, κ, _ = backward(start, steps, from_later, λ)
+    steps = _steps_of_a_chunk(T, batch * units, GATES_NUMBERS)
+
+    def through_chunk(_, start, own, from_later, λ, *dkernels):
+        from_later, λ, κ, _ = backward(start, steps, own, from_later, λ)
         x_of_chunk = _slice(x, start, steps)
         dkernels = [
             dkernel + _sum_of_products(x_of_chunk, κ_of_kernel, dkernel.dtype)
@@ -318,8 +325,7 @@ def _gated_gradients(g, at_end, s, x, mask, kernels, activation, with_λ):
 
     λ = [_steps(T, s)] if with_λ else []
     sums = [_zeros([features, units], s) for _ in kernels]
-    chunks = _chunks(T, batch * units, GATES_NUMBERS)
-    ds_0, λ, *dkernels = _by_chunks(chunks, through_chunk, at_end, λ, *sums)
+    ds_0, λ, *dkernels = _by_chunks(T, steps, through_chunk, at_end, λ, *sums)
     dkernels = [tf.cast(dkernel, s.dtype) for dkernel in dkernels]
     return dkernels, tf.reshape(ds_0, [batch, units]), *(array.stack() for array in λ)
 
@@ -329,31 +335,31 @@ def _gated_input_gradient(g, at_end, s, x, mask, kernels, activation):
     """∂L/∂x, by step."""
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(kernels[0])[1]
     backward = _gated_backward(g, s, x, mask, kernels, activation)
-    chunks, steps, _ = sizes = _chunks(T, batch * units, GATES_NUMBERS)
+    steps = _steps_of_a_chunk(T, batch * units, GATES_NUMBERS)
 
-    def through_chunk(start, steps_of_chunk, from_later, dx):
-        from_later, _, κ, dc = backward(start, steps_of_chunk, from_later, [])
+    def through_chunk(chunk, start, own, from_later, dx):
+        from_later, _, κ, dc = backward(start, steps, own, from_later, [])
         dx_of_chunk = tf.add_n([κ @ tf.transpose(K) for κ, K in zip(κ, kernels, strict=True)])
         if len(kernels) == 2:
             dx_of_chunk += tf.pad(dc, [[0, 0], [0, features - units]])
-        # As many steps as the other chunks have: what is past T is cut off below.
-        missing = (steps - steps_of_chunk) * batch
-        dx_of_chunk = tf.pad(dx_of_chunk, [[0, missing], [0, 0]])
-        return from_later, dx.write(start // steps, dx_of_chunk)
+        # The chunk's own steps last, so that those of all chunks follow each other.
+        dx_of_chunk = tf.roll(dx_of_chunk, (steps - own) * batch, axis=0)
+        return from_later, dx.write(chunk, dx_of_chunk)
 
-    dx = tf.TensorArray(s.dtype, chunks + 1, element_shape=[None, None])
-    _, dx = _by_chunks(sizes, through_chunk, at_end, dx)
-    return tf.reshape(dx.stack(), [(chunks + 1) * steps, batch, features])[:T]
+    chunks = (T - 1) // steps + 1
+    dx = tf.TensorArray(s.dtype, chunks, element_shape=[None, None])
+    _, dx = _by_chunks(T, steps, through_chunk, at_end, dx)
+    return tf.reshape(dx.stack(), [chunks * steps, batch, features])[-T:]
 
 
 def _gated_backward(g, s, x, mask, kernels, activation):
-    """The backward loop over some steps: to what goes on to earlier ones, λ where kept, κ, ∂L/∂c.
+    """The loop over a chunk's own steps: to what goes on to earlier ones, λ where kept, κ, ∂L/∂c.
 
-    κ (of each kernel) and ∂L/∂c as rows, (steps * batch, units).
+    κ of each kernel, and ∂L/∂c, of all steps of the chunk, as rows: 0 of those not its own.
     """
     derivative, units = DERIVATIVE_AT_OUTPUT[activation], tf.shape(kernels[0])[1]
 
-    def backward(start, steps, from_later, λ):
+    def backward(start, steps, own, from_later, λ):
         f, i, c = _gates(_slice(x, start, steps), kernels)
         slope = derivative(_slice(s, start + 1, steps))
         to_earlier = f * slope
@@ -367,7 +373,7 @@ def _gated_backward(g, s, x, mask, kernels, activation):
             λ = [array.write(start + t, λ_t) for array in λ]
             return to_earlier[t] * λ_t, λ, λ_of_chunk.write(t, λ_t)
 
-        from_later, λ, λ_of_chunk = _from_last(steps, body, from_later, λ, _steps(steps, s))
+        from_later, λ, λ_of_chunk = _from_last(own, body, from_later, λ, _steps(steps, s))
         δ = slope * λ_of_chunk.stack()
         dc = δ * i
         κ = [δ * _slice(s, start, steps) * f * (1 - f), dc * c * (1 - i), dc][: len(kernels)]
@@ -391,24 +397,25 @@ def _plus_upstream(g, t, from_later):
 GATES_NUMBERS, SIMPLE_EXAMPLES = 2**14, 2**8
 
 
-def _chunks(T, step, most):
-    """How T steps are cut: n chunks of so many steps, and a last one of so many.
+def _steps_of_a_chunk(T, step, most):
+    """How many of T steps, where one is so large, and a chunk may be so large."""
+    return tf.clip_by_value(most // tf.maximum(1, step), 1, T)
 
-    Args:
-        step, most: how large one step is, and a chunk may be.
+
+def _by_chunks(T, steps, through_chunk, *carried):
+    """From the last chunk to the first: through_chunk(chunk, start, own, *carried) is carried on.
+
+    All chunks have as many steps, so that they are compiled once; of the first one's only so many
+    are its own, and the others, at its end, belong to the second.
     """
-    steps = tf.clip_by_value(most // tf.maximum(1, step), 1, T)
-    return (T - 1) // steps, steps, (T - 1) % steps + 1
-
-
-def _by_chunks(sizes, through_chunk, *carried):
-    """From the last chunk to the first: through_chunk(start, steps, *carried) is carried on."""
-    chunks, steps, steps_of_last = sizes
+    chunks = (T - 1) // steps + 1
 
     def body(chunk, *carried):
-        return through_chunk(chunk * steps, steps, *carried)
+        end = T - (chunks - 1 - chunk) * steps
+        start = tf.maximum(end - steps, 0)
+        return through_chunk(chunk, start, end - start, *carried)
 
-    return _from_last(chunks, body, *through_chunk(chunks * steps, steps_of_last, *carried))
+    return _from_last(chunks, body, *carried)
 
 
 def _from_last(count, body, *carried):
@@ -426,7 +433,7 @@ def _from_last(count, body, *carried):
 
 
 def _steps(T, like):
-    """An array for T steps, which a compiled loop fills in place."""
+    """An array for T steps, which a compiled loop fills in place; 0 where it does not."""
     return tf.TensorArray(like.dtype, T, element_shape=[None], clear_after_read=False)
 
 
