@@ -14,19 +14,17 @@ def number(remedy, column):
 
 constant = number("baseline", "constant_loss")
 solved = {name for name, row in rows.items() if row["solved"] == "True"}
+# What held from each of five starts. These trainings are chaotic, but for the last: another
+# processor's rounding changes their losses, norms and findings as much as another seed does.
 checks = {
     "the baseline explodes": not math.isfinite(number("baseline", "test_loss")),
     "clipnorm keeps it finite": math.isfinite(number("clipnorm", "test_loss")),
     "but no better than a constant answer": number("clipnorm", "test_loss") > 0.9 * constant,
-    "because the gradient has vanished": number("clipnorm", "reach") < 1e-3,
-    "ReLU's vanishes even more": number("relu", "reach") < number("clipnorm", "reach"),
-    "and explodes": not math.isfinite(number("relu", "test_loss")),
+    "since little of the gradient reaches the first step": number("clipnorm", "reach") < 0.05,
+    "ReLU's vanishes altogether": number("relu", "reach") < 1e-6,
     "clipnorm keeps ReLU finite": math.isfinite(number("relu_clipnorm", "test_loss")),
-    "whose gradient still jumps": "exploding" in rows["relu_clipnorm"]["findings"],
-    "and stays vanished": number("relu_clipnorm", "reach") < 1e-3,
-    "IRNN's reaches further": number("irnn_clipnorm", "reach") > number("clipnorm", "reach"),
-    "and is clipped at each step": number("irnn_clipnorm", "clip_rate") > 0.9,
-    "and does not settle": number("irnn_clipnorm", "test_loss") > constant,
+    "and its gradient stays vanished": number("relu_clipnorm", "reach") < 1e-6,
+    "IRNN does not learn": number("irnn_clipnorm", "test_loss") > 0.9 * constant,
     "the simplified LSTM's is kept": number("simplified_lstm", "reach") > 0.1,
     "and it alone solves the task": solved == {"simplified_lstm"},
 }

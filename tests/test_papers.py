@@ -357,8 +357,10 @@ def test_what_the_readme_says_of_the_accuracies():
 
 
 def test_what_the_readme_says_of_the_time():
-    minutes, seconds = divmod(RECORDS["pascanu_2013"]["seconds_of_last_call"], 60)
-    assert f"took {minutes} min {seconds} s" in (FOLDER / "README.md").read_text(encoding="utf-8")
+    text = " ".join((FOLDER / "README.md").read_text(encoding="utf-8").split())
+    for script, verb in (("pascanu_2013", " took"), ("gates_from_the_input", "")):
+        minutes, seconds = divmod(RECORDS[script]["seconds_of_last_call"], 60)
+        assert f"{script}.py{verb} {minutes} min {seconds} s" in text
 
 
 def test_what_the_readme_says_of_the_identity_start():
@@ -408,10 +410,10 @@ def test_what_the_readme_says_of_the_gates():
     for task in ("adding", "copying", "digits"):
         assert min(of_constant(task, cell) for cell in (*family, "LSTM")) <= 0.5
     assert all(made["solved"] for cell in family for made in mine("adding", cell))
-    assert sum(made["solved"] for made in mine("adding", "LSTM")) == 1
+    assert not any(made["solved"] for made in mine("adding", "LSTM"))
     for task, lstm, (low, high) in (
-        ("copying", 0.15, (0.79, 0.80)),
-        ("digits", 0.30, (0.65, 0.74)),
+        ("copying", 0.21, (0.79, 0.80)),
+        ("digits", 0.33, (0.63, 0.74)),
     ):
         assert of_constant(task, "LSTM") == pytest.approx(lstm, abs=0.005)
         losses = [of_constant(task, cell) for cell in family]

@@ -253,21 +253,22 @@ if not QUICK:
 # %% [markdown]
 # ## One run is one run
 #
-# Every number above is of one run, from one start. Two networks of the table from another start:
+# Every number above is of one run, from one start. Two networks of the table from two more starts:
 
 # %%
 if not QUICK:
-    again = kg.compare(task, ("clipnorm", "keras_lstm"), seeds=(1,), **settings)
-    accuracy = {}
-    for run in digits.runs + again.runs:
-        accuracy[run.remedy, run.seed] = run.test_accuracies[-1]
+    again = kg.compare(task, ("clipnorm", "keras_lstm"), seeds=(1, 2), **settings)
+    spreads = []
     for name in ("clipnorm", "keras_lstm"):
-        print(f"{name:10s} seed 0 {accuracy[name, 0]:.1%}, seed 1 {accuracy[name, 1]:.1%}")
-    assert abs(accuracy["clipnorm", 0] - accuracy["clipnorm", 1]) > 0.02
+        mine = [run for run in digits.runs + again.runs if run.remedy == name]
+        accuracies = [run.test_accuracies[-1] for run in mine]
+        print(f"{name:10s} seeds 0, 1, 2:", *(f"{accuracy:.1%}" for accuracy in accuracies))
+        spreads.append(max(accuracies) - min(accuracies))
+    assert max(spreads) > 0.02
 
 # %% [markdown]
-# The same network moves by several points. So the table does not say which of two that are so close
-# is better. This summary keeps to what differs by far:
+# A network moves by points from start to start. So the table does not say which of two that are so
+# close is better. This summary keeps to what differs by far:
 #
 # | fault | mended here by | not mended by |
 # | --- | --- | --- |
