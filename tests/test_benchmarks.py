@@ -28,7 +28,11 @@ def run(name, *options):
     ("name", "options", "printed"),
     [
         ("callback", [], ["recompute each batch"]),
-        ("layers", ["--only", "simplified_lstm", "recurrences"], ["times faster", "times the roofline"]),
+        (
+            "layers",
+            ["--only", "simplified_lstm", "recurrences"],
+            ["times faster", "times the roofline"],
+        ),
         ("memory", [], ["kerasgrad SimpleRNN", "Keras's MB"]),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

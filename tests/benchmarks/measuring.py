@@ -75,10 +75,10 @@ def answer(functions: Sequence[Callable[..., Any]]) -> None:
 
 
 def show(table: Any) -> None:
-    """Print a rich table, wide enough for a file too."""
+    """Print a rich table; in a file, where nothing tells the width, wide enough for all of them."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def machine() -> dict[str, Any]:
