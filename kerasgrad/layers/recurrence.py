@@ -241,7 +241,7 @@ def _states(x, s_0, mask, of_inputs, step):
 
         return chunk + 1, tf.while_loop(lambda t, _: t < steps, body, (0, states))[1]
 
-    chunks = (T - 1) // steps + 1
+    chunks = _chunks(T, steps)
     states = _steps(T + 1, s_0).write(0, _flat(s_0))
     return tf.while_loop(lambda chunk, _: chunk < chunks, through_chunk, (0, states))[1].stack()
 
@@ -255,7 +255,6 @@ def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, with_λ):
     """∂L/∂U; ∂L/∂W; ∂L/∂s_0; where asked for, λ_1 to λ_T."""
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(W)[0]
     backward = _simple_backward(g, s, mask, dropout, W, activation)
-
     steps = _steps_of_a_chunk(T, batch, SIMPLE_EXAMPLES)
 
     def through_chunk(_, start, own, from_later, λ, dU, dW):
@@ -346,7 +345,7 @@ def _gated_input_gradient(g, at_end, s, x, mask, kernels, activation):
         dx_of_chunk = tf.roll(dx_of_chunk, (steps - own) * batch, axis=0)
         return from_later, dx.write(chunk, dx_of_chunk)
 
-    chunks = (T - 1) // steps + 1
+    chunks = _chunks(T, steps)
     dx = tf.TensorArray(s.dtype, chunks, element_shape=[None, None])
     _, dx = _by_chunks(T, steps, through_chunk, at_end, dx)
     return tf.reshape(dx.stack(), [chunks * steps, batch, features])[-T:]
@@ -402,13 +401,18 @@ def _steps_of_a_chunk(T, step, most):
     return tf.clip_by_value(most // tf.maximum(1, step), 1, T)
 
 
+def _chunks(T, steps):
+    """How many chunks of so many steps T steps are, the one that is not full among them."""
+    return (T - 1) // steps + 1
+
+
 def _by_chunks(T, steps, through_chunk, *carried):
     """From the last chunk to the first: through_chunk(chunk, start, own, *carried) is carried on.
 
     All chunks have as many steps, so that they are compiled once; of the first one's only so many
     are its own, and the others, at its end, belong to the second.
     """
-    chunks = (T - 1) // steps + 1
+    chunks = _chunks(T, steps)
 
     def body(chunk, *carried):
         end = T - (chunks - 1 - chunk) * steps
@@ -519,13 +523,12 @@ def _explicit(functions, examples, weights, with_bias, return_sequences, on_stat
         s = states(inputs[0], s_0, *inputs[1:], *weights)
 
         def gradient(g):
+            (constant_g,) = _constants([g])
             if return_sequences:
-                upstream = (
-                    tf.reshape(_by_step(*_constants([g])), tf.shape(s[1:])),
-                    tf.zeros_like(s[0]),
-                )
+                g_by_step = tf.reshape(_by_step(constant_g), tf.shape(s[1:]))
+                upstream = g_by_step, tf.zeros_like(s[0])
             else:
-                upstream = None, *_constants([_flat(g)])
+                upstream = None, _flat(constant_g)
             arguments = upstream, s, *inputs, *weights
             dweights, ds_0, λ = _differentiable_once(
                 lambda: gradients(*arguments, with_λ=with_λ), [g, *tensors]

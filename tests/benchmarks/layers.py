@@ -252,14 +252,16 @@ def simplified_lstm(quick):
 def gate_products(units, timesteps, features):
     """A function from steps to seconds of x K of three kernels, forward and backward, and of xᵀ κ.
 
-    Of x with the constant input of the bias; both halves of the batch side by side, in chunks of
-    2^14 numbers, as the layer does, in compiled loops that only add the results up.
+    Of x with the constant input of the bias; both halves of the batch side by side, in the layer's
+    chunks, in compiled loops that only add the results up.
     """
     import numpy as np
     import tensorflow as tf
 
+    from kerasgrad.layers.recurrence import GATES_NUMBERS
+
     examples = BATCH // 2
-    rows = max(1, 2**14 // (examples * units)) * examples
+    rows = max(1, GATES_NUMBERS // (examples * units)) * examples
     chunks = math.ceil(timesteps * examples / rows)
     rng = np.random.default_rng(0)
     *halves, K = (
