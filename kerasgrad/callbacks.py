@@ -549,17 +549,13 @@ class _TrainStepHooks:
         # Keras has a better word for an update without any gradient.
         if not limited or not present or _replicas() is not None:
             return None
-        norms = gradient_norms([step.summed[i] for i in present])
+        norms = gradient_norms([step.summed[i] for i in present]) / tf.cast(scale, tf.float64)
         skips_non_finite = skips_non_finite_steps(recorders[0].optimizer)
         forbidding = tf.constant(0, tf.int64)
         for recorder in reversed(limited):
-            selected = [
-                norm / tf.cast(scale, tf.float64)
-                for i, norm in zip(present, norms, strict=True)
-                if recorder.selects(variables[i])
-            ]
+            selected = [k for k, i in enumerate(present) if recorder.selects(variables[i])]
             if selected:
-                forbids = recorder.limits.are_broken(tf.stack(selected), skips_non_finite)
+                forbids = recorder.limits.are_broken(tf.gather(norms, selected), skips_non_finite)
                 number = tf.constant(1 + self.recorders.index(recorder), tf.int64)
                 forbidding = tf.where(forbids, number, forbidding)
         return forbidding

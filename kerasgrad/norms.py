@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 
 # Between these a float32 sum of squares neither overflows nor loses what matters to underflow.
@@ -16,26 +17,25 @@ _FEW = 2**16
 _PRODUCTS = {"Mul": tf.raw_ops.Mul, "RealDiv": tf.raw_ops.RealDiv}
 
 
-def gradient_norms(gradients: list[tf.Tensor | tf.IndexedSlices]) -> list[tf.Tensor]:
-    """The L2 norm of each gradient, float64, true for gradients of 1e-30 and of 1e30, too.
+def gradient_norms(gradients: list[tf.Tensor | tf.IndexedSlices]) -> tf.Tensor:
+    """(gradients,) float64: the L2 norm of each, true for gradients of 1e-30 and of 1e30, too.
 
     ‖g‖ is summed in float64; that of a gradient with many elements in its own precision, where that
     is enough. Of a gradient that the graph has just multiplied by a scalar, as clipping by a norm
     does, it is ‖s·g‖ = |s|·‖g‖, which costs no further pass over the gradient.
     """
     if not gradients:
-        return []
-    bases, factors = zip(*map(_factored, gradients), strict=True)
-    large = [base for base in bases if not _has_few_elements(base)]
-    norms_of_large = iter(_chosen_norms(large) if large else [])
-    norms = [
-        _norm(tf.cast(base, tf.float64)) if _has_few_elements(base) else next(norms_of_large)
-        for base in bases
-    ]
-    return [
-        norm if factor is None else norm * factor
-        for norm, factor in zip(norms, factors, strict=True)
-    ]
+        return tf.zeros([0], tf.float64)
+    # What follows the sums is done for all of them at once: in a step of few milliseconds, a few
+    # operations for each weight would be seen.
+    bases, scalars = zip(*map(_factored, gradients), strict=True)
+    few = [i for i, base in enumerate(bases) if _has_few_elements(base)]
+    many = sorted({*range(len(bases))} - {*few})
+    norms = _norms([tf.cast(bases[i], tf.float64) for i in few])
+    if many:
+        norms = tf.concat([norms, _chosen_norms([bases[i] for i in many])], axis=0)
+        norms = tf.gather(norms, np.argsort(few + many))
+    return norms * _absolute_products(scalars) if any(scalars) else norms
 
 
 def at_least_float32(values: tf.Tensor) -> tf.Tensor:
@@ -80,44 +80,55 @@ def _has_few_elements(gradient):
 
 
 def _chosen_norms(gradients):
-    quick = tf.stack([tf.cast(_norm(at_least_float32(g)), tf.float64) for g in gradients])
+    quick = _norms([at_least_float32(g) for g in gradients])
     enough = tf.reduce_all((quick > _SMALLEST) & (quick < _LARGEST))
-    norms = tf.cond(
+    return tf.cond(
         enough,
         lambda: quick,
-        lambda: tf.stack([_norm(tf.cast(g, tf.float64)) for g in gradients]),
+        lambda: _norms([tf.cast(g, tf.float64) for g in gradients]),
     )
-    return tf.unstack(norms)
 
 
-def _norm(values):
-    return tf.sqrt(2 * tf.nn.l2_loss(values))
+def _norms(tensors):
+    if not tensors:
+        return tf.zeros([0], tf.float64)
+    return tf.sqrt(2 * tf.stack([tf.cast(tf.nn.l2_loss(t), tf.float64) for t in tensors]))
+
+
+def _absolute_products(scalars):
+    """|product| of each list of (scalar, exponent), where the exponent is 1 or -1."""
+    longest = max(map(len, scalars))
+    one = tf.ones([], tf.float64), 1
+    factors, exponents = zip(
+        *(pair for pairs in scalars for pair in [*pairs, *[one] * (longest - len(pairs))]),
+        strict=True,
+    )
+    factors = tf.abs(tf.stack([tf.cast(tf.reshape(s, []), tf.float64) for s in factors]))
+    factors = tf.where(np.equal(exponents, 1), factors, 1 / factors)
+    return tf.reduce_prod(tf.reshape(factors, [-1, longest]), axis=1)
 
 
 def _factored(tensor):
-    """(base, factor): tensor = base times a scalar of absolute value `factor`, None for 1.
+    """(base, [(scalar, 1 or -1), ...]): tensor = base times the scalars or, with -1, divided by.
 
     Nobody then reads the product itself (see read_apart). Of a sparse gradient, base is dense.
     """
     if isinstance(tensor, tf.IndexedSlices):
-        values, factor = _factored(tensor.values)
-        return _summed_rows(values, tensor.indices), factor
+        values, scalars = _factored(tensor.values)
+        return _summed_rows(values, tensor.indices), scalars
     if tf.executing_eagerly():
-        return tensor, None
+        return tensor, []
     if tensor.op.type == "Identity":
         return _factored(tensor.op.inputs[0])
     if tensor.op.type not in _PRODUCTS:
-        return tensor, None
+        return tensor, []
     x, y = tensor.op.inputs
     if tensor.op.type == "Mul" and x.shape.num_elements() == 1:
         x, y = y, x
     if y.shape.num_elements() != 1:
-        return read_apart(tensor), None
-    base, factor = _factored(x)
-    scalar = tf.abs(tf.cast(tf.reshape(y, []), tf.float64))
-    if tensor.op.type == "RealDiv":
-        scalar = 1 / scalar
-    return base, scalar if factor is None else scalar * factor
+        return read_apart(tensor), []
+    base, scalars = _factored(x)
+    return base, [*scalars, (y, 1 if tensor.op.type == "Mul" else -1)]
 
 
 def _summed_rows(values, indices):

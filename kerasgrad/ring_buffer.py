@@ -141,10 +141,9 @@ class Row:
 
         def write():
             norms = gradient_norms(self._gradients) if self._norms is None else self._norms
-            norms = [norm / tf.cast(scale, tf.float64) for norm in norms]
             self._write(buffer.step, tf.cast(step, tf.int64))
             self._write(buffer.loss, tf.cast(loss, buffer.dtype))
-            self._write(buffer.norms, self._by_weight(norms))
+            self._write(buffer.norms, self._by_weight(norms / tf.cast(scale, tf.float64)))
             # What stays where the optimizer leaves the weights alone.
             not_updated = tf.fill(
                 [2 * buffer.norms.shape[1]], tf.constant(_NO_GRADIENT, buffer.dtype)
@@ -201,10 +200,12 @@ class Row:
 
     def _by_weight(self, norms):
         """The norms of the gradients that are there, in the buffer's columns."""
-        values = [tf.constant(_NO_GRADIENT, tf.float64)] * self._buffer.norms.shape[1]
-        for i, norm in zip(self._present, norms, strict=True):
-            values[i] = norm
-        return tf.cast(tf.stack(values), self._buffer.dtype)
+        columns = self._buffer.norms.shape[1]
+        if len(self._present) < columns:
+            of_column = np.full(columns, len(self._present))
+            of_column[self._present] = np.arange(len(self._present))
+            norms = tf.gather(tf.concat([norms, [_NO_GRADIENT]], axis=0), of_column)
+        return tf.cast(norms, self._buffer.dtype)
 
     def _write(self, variable, value):
         variable.scatter_update(tf.IndexedSlices(value, self._index))

@@ -60,7 +60,7 @@ def test_any_magnitude(mode, dtype):
     for size in MAGNITUDES[dtype]:
         gradients = [drawn(size, dtype), ones]
         norms = compiled(*gradients)
-        assert all(norm.dtype == tf.float64 and norm.shape == () for norm in norms)
+        assert norms.dtype == tf.float64 and norms.shape == (2,)
         np.testing.assert_allclose(norms, [*map(exact, gradients)], rtol=RTOL[dtype])
 
 
@@ -81,7 +81,7 @@ def test_special_values_stay_with_their_gradient(mode):
 
 
 def test_no_gradients():
-    assert gradient_norms([]) == []
+    assert gradient_norms([]).shape == (0,)
 
 
 @FEW_AND_MANY
