@@ -40,7 +40,7 @@ from kerasgrad.keras_private import (
     updating_optimizer,
     variables_built_on,
 )
-from kerasgrad.norms import gradient_norms, read_apart, state_norms
+from kerasgrad.norms import gradient_norms, read_apart
 from kerasgrad.probe import Probe
 from kerasgrad.recorder import NO_LIMITS, Limits, Recorder, file_named
 from kerasgrad.ring_buffer import HeldStateNorms, Row, outside_of_the_trace, same, when
@@ -93,8 +93,9 @@ class GradientNorms(keras.callbacks.Callback):
         weights: which weights to record: a pattern or a list of patterns (as in fnmatch, against a
             variable's path or its name: "*/recurrent_kernel", "bias"), or a function of the
             variable. The global norms are then those of the recorded weights. None is all.
-        every: record the steps whose number divides by this, and compute no norms at the others.
-            "stop", "raise" and stop_above look at each step all the same, and record the last one.
+        every: record the steps whose number divides by this; weights' gradients have no norms taken
+            at the others. "stop", "raise" and stop_above look at each step all the same, and record
+            the last one.
         csv: a file that each row is appended to as soon as its step is done; with several
             optimizers <name>_<key>.csv each. ∂L/∂s_t is not in it.
         log_dir: a folder for TensorBoard: gradient_norm/... before and applied_gradient_norm/...
@@ -387,7 +388,7 @@ class _TrainStepHooks:
         self._replace(model, "compute_loss", self._compute_loss)
         self._replace(model, "make_train_function", self._begin_next_fit)
         for layer in all_layers(model):
-            if hasattr(layer, "on_state_gradients"):
+            if hasattr(layer, "on_state_norms"):
                 self._replace(layer, "inner_loop", self._inner_loop)
         model.train_function = self
 
@@ -464,18 +465,18 @@ class _TrainStepHooks:
         # The gradients of a layer's calls come in no particular order: each call has its number.
         step.calls += 1
         call, T = step.calls, sequences.shape[1]
-        before = vars(layer).get("on_state_gradients")
+        before = vars(layer).get("on_state_norms")
         object.__setattr__(
             layer,
-            "on_state_gradients",
-            lambda λ: self._hold_state_norms(layer.path, call, T, λ),
+            "on_state_norms",
+            lambda norms: self._hold_state_norms(layer.path, call, T, norms),
         )
         try:
             return inner_loop(sequences, *args, **kwargs)
         finally:
-            _restore(layer, "on_state_gradients", before)
+            _restore(layer, "on_state_norms", before)
 
-    def _hold_state_norms(self, path, call, T, λ):
+    def _hold_state_norms(self, path, call, T, norms):
         step = self._steps.get(_replica_id())
         if step is None:  # Somebody's own tape, outside of the train step.
             return
@@ -496,14 +497,14 @@ class _TrainStepHooks:
                 stacklevel=2,
             )
         elif _replicas() is not None:  # Replicas must meet outside of any condition.
-            norms = _mean_over_replicas(state_norms(λ))
+            norms = _mean_over_replicas(norms)
             if _is_first_replica():
                 held.variable.assign(norms)
         else:
             # A step that a limit forbids has a row at any time.
             due = [None if r.limits.forbid else r.is_due() for r in self.recorders]
             due = None if None in due else tf.reduce_any(due)
-            when(due, lambda: held.variable.assign(tf.ensure_shape(state_norms(λ), [T])))
+            when(due, lambda: held.variable.assign(tf.ensure_shape(norms, [T])))
 
     def _apply(self, optimizer, apply, grads, trainable_variables=None):
         step = self._steps.get(_replica_id())

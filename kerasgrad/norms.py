@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import tensorflow as tf
 
@@ -43,22 +41,16 @@ def at_least_float32(values: tf.Tensor) -> tf.Tensor:
     return tf.cast(values, tf.float32) if values.dtype.size < 4 else values
 
 
-def state_norms(state_gradients: Sequence[tf.Tensor]) -> tf.Tensor:
-    """(T,) float64: mean over the batch of ‖∂L/∂s_t‖₂, from ∂L/∂s_t in shares of the batch.
+def summed_norms(vectors: tf.Tensor) -> tf.Tensor:
+    """(steps,) float64: for each step the sum over the examples of the vectors' L2 norms.
 
-    Each share is (T, examples, units).
+    The vectors are (steps, examples, units).
     """
-    examples = tf.add_n([tf.shape(λ)[1] for λ in state_gradients])
-    return tf.add_n([_summed_norms(λ) for λ in state_gradients]) / tf.cast(examples, tf.float64)
-
-
-@tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
-def _summed_norms(state_gradients):
-    λ = tf.cast(state_gradients, tf.float64)
-    T, examples, units = tf.unstack(tf.shape(λ))
+    vectors = tf.cast(vectors, tf.float64)
+    steps, examples, units = tf.unstack(tf.shape(vectors))
     # Compiled, a sum over the last axis adds one number at a time; a product with ones does not.
-    squares = tf.reshape(λ * λ, [T * examples, units]) @ tf.ones([units, 1], tf.float64)
-    return tf.reduce_sum(tf.sqrt(tf.reshape(squares, [T, examples])), axis=1)
+    squares = tf.reshape(vectors * vectors, [-1, units]) @ tf.ones([units, 1], tf.float64)
+    return tf.reduce_sum(tf.sqrt(tf.reshape(squares, [steps, examples])), axis=1)
 
 
 def read_apart(tensor: tf.Tensor) -> tf.Tensor:

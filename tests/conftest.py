@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -15,6 +16,19 @@ import tensorflow as tf
 # its devices; operations that name no device run on the first.
 _cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+
+def _freeze_survivors(phase, info):
+    """What has survived a full garbage collection stays out of the later ones.
+
+    Keras and TensorFlow keep what was traced: a search through the graphs of a few hundred tests
+    takes up to twenty seconds, again and again.
+    """
+    if phase == "stop" and info["generation"] == 2:
+        gc.freeze()
+
+
+gc.callbacks.append(_freeze_survivors)
 
 
 @pytest.fixture(autouse=True)

@@ -1381,7 +1381,7 @@ def attributes(model):
 
 def untouched(model):
     hooks = {"train_step", "compute_loss", "make_train_function", "apply", "_clip_gradients"}
-    hooks |= {"inner_loop", "on_state_gradients"}
+    hooks |= {"inner_loop", "on_state_norms"}
     owners = [model, model.optimizer, *model._flatten_layers()]
     return not any(hooks & set(vars(owner)) for owner in owners) and not isinstance(
         model.train_function, callbacks_module._TrainStepHooks

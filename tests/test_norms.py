@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kerasgrad import norms as norms_module
-from kerasgrad.norms import gradient_norms, read_apart, state_norms
+from kerasgrad.norms import gradient_norms, read_apart, summed_norms
 
 RTOL = {"float16": 1e-6, "bfloat16": 1e-6, "float32": 2e-6, "float64": 1e-12}
 # Below the smallest normal number TensorFlow's kernels take a float32 for 0, as its optimizers do.
@@ -208,43 +208,34 @@ def test_random_shapes_and_scales(data):
     np.testing.assert_allclose(norms, [*map(exact, gradients)], rtol=2e-6)
 
 
-# State norms
+# Of many vectors
+
+
+def exact_sums(vectors):
+    return [np.sum([exact(example) for example in step]) for step in vectors]
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(
-    st.integers(1, 6),
-    st.lists(st.integers(1, 5), min_size=1, max_size=3),
-    st.integers(1, 40),
-    st.integers(-36, 37),
-)
-def test_state_norms(T, shares, units, size):
-    λ = drawn(10.0**size, "float32", (T, sum(shares), units), seed=T)
-    expected = [np.mean([exact(example) for example in step]) for step in λ]
-    actual = state_norms(tf.split(λ, shares, axis=1))
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 40), st.integers(-36, 37))
+def test_summed_norms(steps, examples, units, size):
+    vectors = drawn(10.0**size, "float32", (steps, examples, units), seed=steps)
+    actual = summed_norms(vectors)
     assert actual.dtype == tf.float64
-    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    np.testing.assert_allclose(actual, exact_sums(vectors), rtol=1e-12)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", MAGNITUDES)
-def test_state_norms_of_any_precision(dtype):
+def test_summed_norms_of_any_precision(mode, dtype):
+    function = MODES[mode](summed_norms)
     for size in MAGNITUDES[dtype]:
-        λ = drawn(size, dtype, (3, 2, 4))
-        expected = [np.mean([exact(example) for example in step]) for step in λ]
-        np.testing.assert_allclose(state_norms([λ]), expected, rtol=1e-12)
+        vectors = drawn(size, dtype, (3, 2, 4))
+        np.testing.assert_allclose(function(vectors), exact_sums(vectors), rtol=1e-12)
 
 
-def test_state_norms_keep_special_values_to_their_step():
-    λ = np.ones((4, 2, 4), "float32")
-    λ[1, 0, 2], λ[2, 1, 0], λ[3] = np.nan, -np.inf, 0
-    np.testing.assert_array_equal(state_norms([tf.constant(λ)]), [2, np.nan, np.inf, 0])
-
-
-def test_state_norms_compile_once_for_all_lengths():
-    # reduce_retracing: each further T and batch would otherwise compile anew in mid-training.
-    for T in range(7, 10):
-        state_norms([tf.ones([T, 2 + T, 3])])
-    traces = norms_module._summed_norms.experimental_get_tracing_count()
-    for T in range(10, 20):
-        state_norms([tf.ones([T, 2 + T, 3])])
-    assert norms_module._summed_norms.experimental_get_tracing_count() == traces
+@pytest.mark.parametrize("mode", MODES)
+def test_summed_norms_keep_special_values_to_their_step(mode):
+    vectors = np.ones((4, 2, 4), "float32")
+    vectors[1, 0, 2], vectors[2, 1, 0], vectors[3] = np.nan, -np.inf, 0
+    norms = MODES[mode](summed_norms)(tf.constant(vectors))
+    np.testing.assert_array_equal(norms, [4, np.nan, np.inf, 0])

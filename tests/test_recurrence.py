@@ -66,14 +66,20 @@ def arguments(recurrence, dtype="float64", seed=0):
 def back_propagate(recurrence, arrays, cotangent, **options):
     """The states, [∂L/∂z, ∂L/∂s_0, ∂L/∂W or ∂L/∂f] and λ, for L = Σ cotangent ⊙ states."""
     tensors = [tf.constant(array) for array in arrays]
-    received = []
+    received, norms = [], []
+    options |= {"on_state_gradients": received.append, "on_state_norms": norms.append}
     with tf.GradientTape() as tape:
         tape.watch(tensors)
-        states = recurrence(*tensors, on_state_gradients=received.append, **options)
+        states = recurrence(*tensors, **options)
         loss = tf.reduce_sum(states * cotangent)
     gradients = tape.gradient(loss, tensors)
     (shares,) = received
-    return states.numpy(), [gradient.numpy() for gradient in gradients], np.concatenate(shares, 1)
+    λ = np.concatenate(shares, axis=1)
+    (norms,) = norms
+    assert norms.dtype == tf.float64
+    of_λ = np.linalg.norm(λ.astype("float64"), axis=-1).mean(axis=1)
+    np.testing.assert_allclose(norms, of_λ, rtol=1e-13)
+    return states.numpy(), [gradient.numpy() for gradient in gradients], λ
 
 
 def only_last(c, timesteps):

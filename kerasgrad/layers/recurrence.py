@@ -35,7 +35,8 @@ are compiled by XLA, and each pass is over one long row, the numbers of every un
 as vector instructions need. What nobody asks for is not computed: outputs before the last, a λ that
 is kept, and ∂L/∂x, which takes a walk back of its own. And the examples of a batch do not meet
 before their gradients are summed: two cores take half of them each. λ, the quantity that vanishes
-or explodes, is there for the taking: `on_state_gradients` receives it.
+or explodes, is there for the taking: `on_state_gradients` receives it, and `on_state_norms` its
+norms, which are taken chunk by chunk, so that λ need not be kept for them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
+
+from kerasgrad.norms import summed_norms
 
 # Φ' as a function of the output s = Φ(a): what lets the backward pass forget a.
 DERIVATIVE_AT_OUTPUT = {
@@ -54,6 +57,7 @@ DERIVATIVE_AT_OUTPUT = {
 }
 
 StateGradients = Callable[[Sequence[tf.Tensor]], None]
+StateNorms = Callable[[tf.Tensor], None]
 
 
 def is_explicit(activation: Callable) -> bool:
@@ -73,6 +77,7 @@ def simple_recurrence(
     recurrent_dropout_mask: tf.Tensor | None = None,
     return_sequences: bool = True,
     on_state_gradients: StateGradients | None = None,
+    on_state_norms: StateNorms | None = None,
 ) -> tf.Tensor:
     """States of s_t = Φ(x_t U + s_{t-1} W + b), differentiable once, by explicit BPTT.
 
@@ -88,6 +93,8 @@ def simple_recurrence(
         return_sequences: whether all states are returned, or the last.
         on_state_gradients: called with λ when the gradient is taken: a list of its shares of the
             batch, each (timesteps, examples, units).
+        on_state_norms: called then, too, with the mean over the batch of ‖λ_t‖₂, (timesteps,)
+            float64.
 
     Returns:
         (batch, timesteps, units), the states s_1 to s_T; or (batch, units), s_T.
@@ -98,9 +105,8 @@ def simple_recurrence(
     def states(x, s_0, mask, dropout, U, W):
         return _simple_states(x, s_0, mask, dropout, U, W, activation)
 
-    def gradients(upstream, s, x, mask, dropout, U, W, with_λ):
-        dU, dW, ds_0, *λ = _simple_gradients(*upstream, s, x, mask, dropout, W, activation, with_λ)
-        return [dU, dW], ds_0, λ
+    def gradients(upstream, s, x, mask, dropout, U, W, observed):
+        return _simple_gradients(*upstream, s, x, mask, dropout, W, activation, observed)
 
     def input_gradient(upstream, s, x, mask, dropout, U, W):
         return _simple_input_gradient(*upstream, s, x, mask, dropout, U, W, activation)
@@ -111,7 +117,7 @@ def simple_recurrence(
         (kernel, recurrent_kernel),
         bias is not None,
         return_sequences,
-        on_state_gradients,
+        (on_state_gradients, on_state_norms),
     )
 
 
@@ -125,6 +131,7 @@ def gated_recurrence(
     mask: tf.Tensor | None = None,
     return_sequences: bool = True,
     on_state_gradients: StateGradients | None = None,
+    on_state_norms: StateNorms | None = None,
 ) -> tf.Tensor:
     """States of s_t = Φ(f_t ⊙ s_{t-1} + i_t ⊙ c_t), differentiable once, by explicit BPTT.
 
@@ -134,7 +141,8 @@ def gated_recurrence(
         kernels: K_f and K_i of the gates f_t = σ(x_t K_f + b_f) and i_t = σ(x_t K_i + b_i), and
             K_c where c_t = x_t K_c; without it c_t = x_t. Each (features, units).
         biases: b_f and b_i, each (units,), or None.
-        activation, mask, return_sequences, on_state_gradients: as in `simple_recurrence`.
+        activation, mask, return_sequences, on_state_gradients, on_state_norms: as in
+            `simple_recurrence`.
 
     Returns:
         (batch, timesteps, units), the states s_1 to s_T; or (batch, units), s_T.
@@ -145,9 +153,8 @@ def gated_recurrence(
     def states(x, s_0, mask, _, *kernels):
         return _gated_states(x, s_0, mask, kernels, activation)
 
-    def gradients(upstream, s, x, mask, _, *kernels, with_λ):
-        dkernels, ds_0, *λ = _gated_gradients(*upstream, s, x, mask, kernels, activation, with_λ)
-        return dkernels, ds_0, λ
+    def gradients(upstream, s, x, mask, _, *kernels, observed):
+        return _gated_gradients(*upstream, s, x, mask, kernels, activation, observed)
 
     def input_gradient(upstream, s, x, mask, _, *kernels):
         return _gated_input_gradient(*upstream, s, x, mask, kernels, activation)
@@ -158,7 +165,7 @@ def gated_recurrence(
         kernels,
         biases is not None,
         return_sequences,
-        on_state_gradients,
+        (on_state_gradients, on_state_norms),
     )
 
 
@@ -251,44 +258,46 @@ def _states(x, s_0, mask, of_inputs, step):
 
 
 @_compiled
-def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, with_λ):
-    """∂L/∂U; ∂L/∂W; ∂L/∂s_0; where asked for, λ_1 to λ_T."""
+def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, observed):
+    """∂L/∂U and ∂L/∂W; ∂L/∂s_0; what is observed of λ."""
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(W)[0]
-    backward = _simple_backward(g, s, mask, dropout, W, activation)
+    backward = _simple_backward(g, s, mask, dropout, W, activation, any(observed))
     steps = _steps_of_a_chunk(T, batch, SIMPLE_EXAMPLES)
 
-    def through_chunk(_, start, own, from_later, λ, dU, dW):
-        from_later, λ, δ = backward(start, steps, own, from_later, λ)
+    def through_chunk(chunk, start, own, from_later, arrays, dU, dW):
+        from_later, δ, λ = backward(start, steps, own, from_later)
+        λ = [tf.reshape(λ, [steps, batch, units]) for λ in λ]
+        arrays = _with_chunk(arrays, chunk, own, _observed(λ, observed))
         δ = tf.reshape(δ, [-1, units])
         s_before = tf.reshape(_slice(s, start, steps), [steps, batch, units])
         dU += _sum_of_products(_slice(x, start, steps), δ, dU.dtype)
         dW += _sum_of_products(_dropped(s_before, dropout), δ, dW.dtype)
-        return from_later, λ, dU, dW
+        return from_later, arrays, dU, dW
 
-    λ = [_steps(T, s)] if with_λ else []
+    arrays = _arrays_by_chunk(_chunks(T, steps), _kinds_observed(observed, s))
     sums = _zeros([features, units], s), _zeros([units, units], s)
-    ds_0, λ, dU, dW = _by_chunks(T, steps, through_chunk, at_end, λ, *sums)
-    dU, dW = tf.cast(dU, s.dtype), tf.cast(dW, s.dtype)
-    return dU, dW, tf.reshape(ds_0, [batch, units]), *(array.stack() for array in λ)
+    ds_0, arrays, *sums = _by_chunks(T, steps, through_chunk, at_end, arrays, *sums)
+    dweights = [tf.cast(dweight, s.dtype) for dweight in sums]
+    return dweights, tf.reshape(ds_0, [batch, units]), [_of_steps(array, T) for array in arrays]
 
 
 @_compiled
 def _simple_input_gradient(g, at_end, s, x, mask, dropout, U, W, activation):
     """∂L/∂x, by step."""
-    backward, T = _simple_backward(g, s, mask, dropout, W, activation), tf.shape(x)[0]
-    _, _, δ = backward(0, T, T, at_end, [])
+    backward, T = _simple_backward(g, s, mask, dropout, W, activation, False), tf.shape(x)[0]
+    _, δ, _ = backward(0, T, T, at_end)
     return tf.reshape(tf.reshape(δ, [-1, tf.shape(W)[0]]) @ tf.transpose(U), tf.shape(x))
 
 
-def _simple_backward(g, s, mask, dropout, W, activation):
-    """The loop over a chunk's own steps: to what goes on to earlier ones, λ where kept, and δ.
+def _simple_backward(g, s, mask, dropout, W, activation, with_λ):
+    """The loop over a chunk's own steps: to what goes on to earlier ones, δ, and [λ] or [].
 
-    δ of all steps of the chunk: 0 of those that are not its own.
+    δ and λ of all steps of the chunk: 0 of those that are not its own.
     """
     derivative, W_T, units = DERIVATIVE_AT_OUTPUT[activation], tf.transpose(W), tf.shape(W)[0]
 
-    def backward(start, steps, own, from_later, λ):
-        def body(t, from_later, λ, δ):
+    def backward(start, steps, own, from_later):
+        def body(t, from_later, δ, λ):
             λ_t = _plus_upstream(g, start + t, from_later)
             δ_t = derivative(s[start + t + 1]) * λ_t
             to_earlier = _flat(_dropped(tf.reshape(δ_t, [-1, units]) @ W_T, dropout))
@@ -296,37 +305,38 @@ def _simple_backward(g, s, mask, dropout, W, activation):
                 taken = tf.repeat(mask[start + t], units)
                 δ_t = tf.where(taken, δ_t, tf.zeros_like(δ_t))
                 to_earlier = tf.where(taken, to_earlier, λ_t)
-            λ = [array.write(start + t, λ_t) for array in λ]
-            return to_earlier, λ, δ.write(t, δ_t)
+            return to_earlier, δ.write(t, δ_t), [array.write(t, λ_t) for array in λ]
 
-        to_earlier, λ, δ = _from_last(own, body, from_later, λ, _steps(steps, s))
-        return to_earlier, λ, δ.stack()
+        λ = [_steps(steps, s)] if with_λ else []
+        to_earlier, δ, λ = _from_last(own, body, from_later, _steps(steps, s), λ)
+        return to_earlier, δ.stack(), [array.stack() for array in λ]
 
     return backward
 
 
 @_compiled
-def _gated_gradients(g, at_end, s, x, mask, kernels, activation, with_λ):
-    """∂L/∂K of each kernel; ∂L/∂s_0; where asked for, λ_1 to λ_T."""
+def _gated_gradients(g, at_end, s, x, mask, kernels, activation, observed):
+    """∂L/∂K of each kernel; ∂L/∂s_0; what is observed of λ."""
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(kernels[0])[1]
     backward = _gated_backward(g, s, x, mask, kernels, activation)
-
     steps = _steps_of_a_chunk(T, batch * units, GATES_NUMBERS)
 
-    def through_chunk(_, start, own, from_later, λ, *dkernels):
-        from_later, λ, κ, _ = backward(start, steps, own, from_later, λ)
+    def through_chunk(chunk, start, own, from_later, arrays, *dkernels):
+        from_later, κ, _, λ = backward(start, steps, own, from_later)
+        λ = tf.reshape(λ, [steps, batch, units])
+        arrays = _with_chunk(arrays, chunk, own, _observed([λ], observed))
         x_of_chunk = _slice(x, start, steps)
         dkernels = [
             dkernel + _sum_of_products(x_of_chunk, κ_of_kernel, dkernel.dtype)
             for dkernel, κ_of_kernel in zip(dkernels, κ, strict=True)
         ]
-        return from_later, λ, *dkernels
+        return from_later, arrays, *dkernels
 
-    λ = [_steps(T, s)] if with_λ else []
+    arrays = _arrays_by_chunk(_chunks(T, steps), _kinds_observed(observed, s))
     sums = [_zeros([features, units], s) for _ in kernels]
-    ds_0, λ, *dkernels = _by_chunks(T, steps, through_chunk, at_end, λ, *sums)
-    dkernels = [tf.cast(dkernel, s.dtype) for dkernel in dkernels]
-    return dkernels, tf.reshape(ds_0, [batch, units]), *(array.stack() for array in λ)
+    ds_0, arrays, *sums = _by_chunks(T, steps, through_chunk, at_end, arrays, *sums)
+    dkernels = [tf.cast(dkernel, s.dtype) for dkernel in sums]
+    return dkernels, tf.reshape(ds_0, [batch, units]), [_of_steps(array, T) for array in arrays]
 
 
 @_compiled
@@ -336,29 +346,27 @@ def _gated_input_gradient(g, at_end, s, x, mask, kernels, activation):
     backward = _gated_backward(g, s, x, mask, kernels, activation)
     steps = _steps_of_a_chunk(T, batch * units, GATES_NUMBERS)
 
-    def through_chunk(chunk, start, own, from_later, dx):
-        from_later, _, κ, dc = backward(start, steps, own, from_later, [])
-        dx_of_chunk = tf.add_n([κ @ tf.transpose(K) for κ, K in zip(κ, kernels, strict=True)])
+    def through_chunk(chunk, start, own, from_later, arrays):
+        from_later, κ, dc, _ = backward(start, steps, own, from_later)
+        dx = tf.add_n([κ @ tf.transpose(K) for κ, K in zip(κ, kernels, strict=True)])
         if len(kernels) == 2:
-            dx_of_chunk += tf.pad(dc, [[0, 0], [0, features - units]])
-        # The chunk's own steps last, so that those of all chunks follow each other.
-        dx_of_chunk = tf.roll(dx_of_chunk, (steps - own) * batch, axis=0)
-        return from_later, dx.write(chunk, dx_of_chunk)
+            dx += tf.pad(dc, [[0, 0], [0, features - units]])
+        dx = tf.reshape(dx, [steps, batch, features])
+        return from_later, _with_chunk(arrays, chunk, own, [dx])
 
-    chunks = _chunks(T, steps)
-    dx = tf.TensorArray(s.dtype, chunks, element_shape=[None, None])
-    _, dx = _by_chunks(T, steps, through_chunk, at_end, dx)
-    return tf.reshape(dx.stack(), [chunks * steps, batch, features])[-T:]
+    arrays = _arrays_by_chunk(_chunks(T, steps), [(s.dtype, 3)])
+    _, (dx,) = _by_chunks(T, steps, through_chunk, at_end, arrays)
+    return _of_steps(dx, T)
 
 
 def _gated_backward(g, s, x, mask, kernels, activation):
-    """The loop over a chunk's own steps: to what goes on to earlier ones, λ where kept, κ, ∂L/∂c.
+    """The loop over a chunk's own steps: to what goes on to earlier ones, κ, ∂L/∂c, and λ.
 
-    κ of each kernel, and ∂L/∂c, of all steps of the chunk, as rows: 0 of those not its own.
+    κ of each kernel, and ∂L/∂c, of all steps of the chunk, as rows, and λ: 0 of those not its own.
     """
     derivative, units = DERIVATIVE_AT_OUTPUT[activation], tf.shape(kernels[0])[1]
 
-    def backward(start, steps, own, from_later, λ):
+    def backward(start, steps, own, from_later):
         f, i, c = _gates(_slice(x, start, steps), kernels)
         slope = derivative(_slice(s, start + 1, steps))
         to_earlier = f * slope
@@ -367,17 +375,17 @@ def _gated_backward(g, s, x, mask, kernels, activation):
             slope = tf.where(taken, slope, tf.zeros_like(slope))
             to_earlier = tf.where(taken, to_earlier, tf.ones_like(slope))
 
-        def body(t, from_later, λ, λ_of_chunk):
+        def body(t, from_later, λ):
             λ_t = _plus_upstream(g, start + t, from_later)
-            λ = [array.write(start + t, λ_t) for array in λ]
-            return to_earlier[t] * λ_t, λ, λ_of_chunk.write(t, λ_t)
+            return to_earlier[t] * λ_t, λ.write(t, λ_t)
 
-        from_later, λ, λ_of_chunk = _from_last(own, body, from_later, λ, _steps(steps, s))
-        δ = slope * λ_of_chunk.stack()
+        from_later, λ = _from_last(own, body, from_later, _steps(steps, s))
+        λ = λ.stack()
+        δ = slope * λ
         dc = δ * i
         κ = [δ * _slice(s, start, steps) * f * (1 - f), dc * c * (1 - i), dc][: len(kernels)]
         *κ, dc = (tf.reshape(array, [-1, units]) for array in (*κ, dc))
-        return from_later, λ, κ, dc
+        return from_later, κ, dc, λ
 
     return backward
 
@@ -385,6 +393,21 @@ def _gated_backward(g, s, x, mask, kernels, activation):
 def _plus_upstream(g, t, from_later):
     """λ_t."""
     return from_later if g is None else g[t] + from_later
+
+
+# What is observed of λ, as `_explicit` says: λ itself, or its norms.
+
+
+def _kinds_observed(observed, s):
+    """The dtype and rank of each, for some steps."""
+    with_λ, with_norms = observed
+    return [(s.dtype, 3)] * with_λ + [(tf.float64, 1)] * with_norms
+
+
+def _observed(λ, observed):
+    """Of [λ of some steps] as (steps, examples, units); of [] where nothing is observed."""
+    with_λ, with_norms = observed
+    return λ * with_λ + [summed_norms(λ) for λ in λ] * with_norms
 
 
 # By chunks of steps
@@ -420,6 +443,26 @@ def _by_chunks(T, steps, through_chunk, *carried):
         return through_chunk(chunk, start, end - start, *carried)
 
     return _from_last(chunks, body, *carried)
+
+
+def _arrays_by_chunk(chunks, kinds):
+    """An array for each (dtype, rank) of what a chunk's steps give, which a compiled loop fills."""
+    return [tf.TensorArray(dtype, chunks, element_shape=[None] * rank) for dtype, rank in kinds]
+
+
+def _with_chunk(arrays, chunk, own, values):
+    """The arrays with the values of a chunk's steps, of which so many are its own."""
+    # Its own last, so that those of all chunks follow each other.
+    return [
+        array.write(chunk, tf.roll(of_steps, tf.shape(of_steps)[0] - own, axis=0))
+        for array, of_steps in zip(arrays, values, strict=True)
+    ]
+
+
+def _of_steps(array, T):
+    """What such an array holds, of the T steps."""
+    values = array.stack()
+    return tf.reshape(values, [-1, *tf.unstack(tf.shape(values))[2:]])[-T:]
 
 
 def _from_last(count, body, *carried):
@@ -494,25 +537,29 @@ def _tensors(values):
     return [tf.convert_to_tensor(value) for value in values]
 
 
-def _explicit(functions, examples, weights, with_bias, return_sequences, on_state_gradients):
+def _explicit(functions, examples, weights, with_bias, return_sequences, observers):
     """The recurrence whose compiled functions are given, as TensorFlow is to see it.
 
     Args:
         functions: for a share of the examples, time first:
             states(x, s_0, mask, dropout, *weights) is s_0 to s_T;
-            gradients((g, at_end), s, x, mask, dropout, *weights, with_λ=) is [∂L/∂weight of each],
-            ∂L/∂s_0, and [λ_1 to λ_T] or [];
+            gradients((g, at_end), s, x, mask, dropout, *weights, observed=) is [∂L/∂weight of
+            each]; ∂L/∂s_0; and a list of what is observed, where the pair `observed` says True:
+            λ_1 to λ_T, (timesteps, examples, units), and the sums over the examples of their norms,
+            (timesteps,);
             input_gradient((g, at_end), s, x, mask, dropout, *weights) is ∂L/∂x.
         examples: x, s_0, and the two masks or None; batch first.
         weights: the kernels' last feature is the bias, if with_bias.
-        return_sequences, on_state_gradients: as in `simple_recurrence`.
+        return_sequences: as in `simple_recurrence`.
+        observers: its on_state_gradients and on_state_norms.
     """
     states, gradients, input_gradient = functions
     x, s_0, *masks = examples
     x, s_0, *weights = _tensors([x, s_0, *weights])
     batch, timesteps, _ = x.shape
     units = s_0.shape[1]
-    with_λ = on_state_gradients is not None
+    on_state_gradients, on_state_norms = observers
+    observed = on_state_gradients is not None, on_state_norms is not None
 
     def of_share(x, s_0, mask, dropout, weights):
         """The outputs of a share of the batch, and the function from their gradient to others."""
@@ -530,13 +577,12 @@ def _explicit(functions, examples, weights, with_bias, return_sequences, on_stat
             else:
                 upstream = None, _flat(constant_g)
             arguments = upstream, s, *inputs, *weights
-            dweights, ds_0, λ = _differentiable_once(
-                lambda: gradients(*arguments, with_λ=with_λ), [g, *tensors]
+            dweights, ds_0, of_λ = _differentiable_once(
+                lambda: gradients(*arguments, observed=observed), [g, *tensors]
             )
             # A function of its own: TensorFlow leaves it out where nobody asks for ∂L/∂x.
             dx = _swap(_differentiable_once(lambda: input_gradient(*arguments), [g, *tensors]))
-            λ = [tf.reshape(λ, of_steps) for λ in λ]
-            return dx[..., :-1] if with_bias else dx, ds_0, dweights, λ
+            return dx[..., :-1] if with_bias else dx, ds_0, dweights, of_λ
 
         if return_sequences:
             return _swap(tf.reshape(s[1:], of_steps)), gradient
@@ -551,9 +597,14 @@ def _explicit(functions, examples, weights, with_bias, return_sequences, on_stat
             parts = [
                 gradient(g) for (g,), (_, gradient) in zip(_shares(s_0, g), shares, strict=True)
             ]
-            dx, ds_0, dweights, λ = zip(*parts, strict=True)
-            if with_λ:
-                on_state_gradients([_of_shape(λ, [timesteps, None, units]) for (λ,) in λ])
+            dx, ds_0, dweights, of_λ = zip(*parts, strict=True)
+            if on_state_gradients is not None:
+                on_state_gradients([_of_shape(λ, [timesteps, None, units]) for λ, *_ in of_λ])
+            if on_state_norms is not None:
+                norms = tf.add_n([norms for *_, norms in of_λ]) / tf.cast(
+                    tf.shape(s_0)[0], tf.float64
+                )
+                on_state_norms(_of_shape(norms, [timesteps]))
             dweights = [tf.add_n(parts) for parts in zip(*dweights, strict=True)]
             inputs, dinputs = [x, s_0, *weights], [tf.concat(dx, 0), tf.concat(ds_0, 0), *dweights]
             return [_of_shape(d, input.shape) for d, input in zip(dinputs, inputs, strict=True)]

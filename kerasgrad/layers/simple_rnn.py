@@ -12,7 +12,7 @@ from keras import ops
 # repeat it.
 from keras.layers import SimpleRNNCell
 
-from kerasgrad.layers.recurrence import StateGradients, is_explicit, simple_recurrence
+from kerasgrad.layers.recurrence import StateGradients, StateNorms, is_explicit, simple_recurrence
 from kerasgrad.layers.sequences import in_order_of_steps, outputs_under_mask
 
 __all__ = ["IRNN", "ScaledIdentity", "SimpleRNN", "SimpleRNNCell"]
@@ -53,8 +53,10 @@ class SimpleRNN(keras.layers.SimpleRNN):
     Source: Elman (1990), "Finding structure in time"; the article's equations 1 and 4 to 7.
     """
 
-    # Set by GradientNorms while it records: called with ∂L/∂s_t, in shares of the batch.
+    # Called with ∂L/∂s_t, in shares of the batch; and, set by GradientNorms while it records, with
+    # the mean over the batch of its norms.
     on_state_gradients: StateGradients | None = None
+    on_state_norms: StateNorms | None = None
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
         if not is_explicit(self.activation):
@@ -82,6 +84,7 @@ class SimpleRNN(keras.layers.SimpleRNN):
             recurrent_dropout_mask=recurrent_dropout_mask,
             return_sequences=every_step,
             on_state_gradients=self.on_state_gradients,
+            on_state_norms=self.on_state_norms,
         )
         if not every_step:
             return states, ops.expand_dims(states, 1), [states]

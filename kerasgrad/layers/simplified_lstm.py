@@ -8,7 +8,12 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from kerasgrad.layers.recurrence import StateGradients, gated_recurrence, is_explicit
+from kerasgrad.layers.recurrence import (
+    StateGradients,
+    StateNorms,
+    gated_recurrence,
+    is_explicit,
+)
 from kerasgrad.layers.sequences import in_order_of_steps, outputs_under_mask
 
 
@@ -223,8 +228,10 @@ class SimplifiedLSTM(keras.layers.RNN):
     Source: the article's section 5.
     """
 
-    # Set by GradientNorms while it records: called with ∂L/∂S_t, in shares of the batch.
+    # Called with ∂L/∂S_t, in shares of the batch; and, set by GradientNorms while it records, with
+    # the mean over the batch of its norms.
     on_state_gradients: StateGradients | None = None
+    on_state_norms: StateNorms | None = None
 
     def __init__(
         self,
@@ -279,6 +286,7 @@ class SimplifiedLSTM(keras.layers.RNN):
             mask=mask,
             return_sequences=every_step,
             on_state_gradients=self.on_state_gradients,
+            on_state_norms=self.on_state_norms,
         )
         if not every_step:
             output = cell.output_gate(x[:, -1]) * S

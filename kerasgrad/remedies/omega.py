@@ -16,6 +16,8 @@ import tensorflow as tf
 from keras import ops
 
 from kerasgrad.layers.omega import check_no_mask, check_omega, omega
+from kerasgrad.layers.recurrence import StateNorms
+from kerasgrad.norms import summed_norms
 
 
 class _PerturbedCell(keras.layers.SimpleRNNCell):
@@ -54,8 +56,8 @@ class PerturbedSimpleRNN(keras.layers.RNN):
     Source: Elman (1990), "Finding structure in time".
     """
 
-    # Set by GradientNorms while it records: called with ∂L/∂s_t, in shares of the batch.
-    on_state_gradients = None
+    # Set by GradientNorms while it records: called with the mean over the batch of ‖∂L/∂s_t‖.
+    on_state_norms: StateNorms | None = None
 
     def __init__(
         self,
@@ -102,15 +104,15 @@ class _Perturbed:
     def start(self, layer, batch, timesteps, dtype):
         self.η = tf.zeros([batch, timesteps, layer.cell.units], dtype)
         self._tape.watch(self.η)
-        self._observer = layer.on_state_gradients
+        self._observer = layer.on_state_norms
         self._cell = layer.cell
         return self.η
 
     def omega(self, state_gradients):
-        """Ω of equation 9; an observer is told ∂L/∂s_t by the way."""
+        """Ω of equation 9; an observer is told the norms of ∂L/∂s_t by the way."""
         λ, s = (tf.transpose(array, [1, 0, 2]) for array in (state_gradients, self.states))
         if self._observer is not None:
-            self._observer([λ])
+            self._observer(summed_norms(λ) / tf.cast(tf.shape(λ)[1], tf.float64))
         W = ops.convert_to_tensor(self._cell.recurrent_kernel)
         return omega(λ, s, W, activation=self._cell.activation, equation=9)
 
