@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +54,30 @@ def test_kept_figures_say_what_they_were_measured_on(name):
     report = json.loads((BENCHMARKS / f"{name}.json").read_text())
     for part in report.values() if name == "layers" else [report]:
         assert {"python", "tensorflow", "keras", "cores"} <= set(part)
+
+
+def page():
+    """tests/benchmarks/page.py, which is no part of a package."""
+    spec = importlib.util.spec_from_file_location("page", BENCHMARKS / "page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_of_the_page_are_those_of_the_kept_figures():
+    text = page().PAGE.read_text(encoding="utf-8")
+    assert page().filled(text) == text
+
+
+def test_a_table_whose_place_is_gone_is_missed():
+    text = page().PAGE.read_text(encoding="utf-8").replace("<!-- scaling -->\n", "")
+    with pytest.raises(ValueError, match="no line <!-- scaling -->"):
+        page().filled(text)
+
+
+def test_what_the_page_says_of_the_cells():
+    text = " ".join(page().PAGE.read_text(encoding="utf-8").split())
+    rows = page().rows_of("simplified_lstm")
+    short = sum(row["times_faster"] < row["target"] for row in rows)
+    assert f"{short} of these {len(rows)} cells are short of their targets" in text
+    assert not re.search(r"\*\*", page().scaling() + page().first_step() + page().import_time())

@@ -225,40 +225,19 @@ def test_le_by_hand():
     """The grid is whole, the settings are its best, and the rows follow from the runs."""
     found = RECORDS["le_2015"]
     settings = found["settings"]
-    screening, grid, results = (
-        [made for made in found["runs"] if made["stage"] == stage]
-        for stage in ("screening", "grid", "result")
-    )
-    most = {
-        "screening": settings["screening_steps"],
-        "grid": settings["grid_steps"],
-        "result": settings["steps"],
-    }
-
-    def setting_of(made):
-        return tuple(made[name] for name in ("network", "forget_bias", "learning_rate", "clip"))
-
-    def best_first(runs, network):
-        """The settings of a round by their mean loss; those of equal losses as they stand."""
-        tried = [made for made in runs if made["network"] == network]
-        checks = most[tried[0]["stage"]] // settings["check"]
-        means = []
-        for made in tried:
-            values = np.array(made["test_losses"], float)
-            means.append(np.pad(values, (0, checks - len(values)), mode="edge").mean())
-        order = np.argsort(np.where(np.isfinite(means), means, np.inf), kind="stable")
-        return [setting_of(tried[i]) for i in order]
-
+    grid = [made for made in found["runs"] if made["stage"] == "grid"]
+    results = [made for made in found["runs"] if made["stage"] == "result"]
+    names = ("network", "forget_bias", "learning_rate", "clip")
     biases = {"tanh": [None], "IRNN": [None], "LSTM": settings["forget_biases"]}
     # In the order of the script, in which the first of equals is taken.
-    assert [setting_of(made) for made in screening] == [
+    assert [tuple(made[name] for name in names) for made in grid] == [
         setting
         for network in biases
         for setting in itertools.product(
             [network], biases[network], settings["learning_rates"], settings["clips"]
         )
     ]
-    for made in screening + grid:
+    for made in grid:
         assert (made["seed"], made["timesteps"]) == (
             settings["grid_seed"],
             settings["grid_timesteps"],
@@ -269,15 +248,19 @@ def test_le_by_hand():
         assert min(earlier, default=math.inf) >= settings["solved_below"]
         assert made["solved"] == (last < settings["solved_below"])
         assert made["diverged"] == (not math.isfinite(last))
+        most = settings["grid_steps" if made["stage"] == "grid" else "steps"]
         assert made["steps"] == len(made["test_losses"]) * settings["check"]
-        assert made["steps"] == most[made["stage"]] or made["solved"] or made["diverged"]
+        assert made["steps"] == most or made["solved"] or made["diverged"]
 
     losses = {}
     for network in biases:
-        ranked = best_first(screening, network)
-        kept = ranked[: math.ceil(settings["grid_share"] * len(ranked))]
-        assert {setting_of(made) for made in grid if made["network"] == network} == set(kept)
-        best = best_first(grid, network)[0]
+        tried = [made for made in grid if made["network"] == network]
+        means = []
+        for made in tried:
+            values = np.array(made["test_losses"], float)
+            checks = settings["grid_steps"] // settings["check"]
+            means.append(np.pad(values, (0, checks - len(values)), mode="edge").mean())
+        best = tried[int(np.argmin(np.where(np.isfinite(means), means, np.inf)))]
         for timesteps in settings["timesteps"]:
             mine = [
                 made
@@ -286,17 +269,13 @@ def test_le_by_hand():
             ]
             assert [made["seed"] for made in mine] == settings["seeds"]
             for made in mine:
-                assert setting_of(made) == best
+                assert [made[name] for name in names] == [best[name] for name in names]
             losses[network, timesteps] = spread(
                 math.inf
                 if made["diverged"]
                 else max(settings["solved_below"], made["test_losses"][-1])
                 for made in mine
             )
-    assert len(grid) == sum(
-        math.ceil(settings["grid_share"] * len(best_first(screening, network)))
-        for network in biases
-    )
     assert len(results) == len(losses) * len(settings["seeds"])
 
     pairs = [

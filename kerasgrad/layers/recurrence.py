@@ -261,12 +261,12 @@ def _states(x, s_0, mask, of_inputs, step):
 def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, observed):
     """∂L/∂U and ∂L/∂W; ∂L/∂s_0; what is observed of λ."""
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(W)[0]
-    backward = _simple_backward(g, s, mask, dropout, W, activation, any(observed))
+    backward = _simple_backward(g, s, mask, dropout, W, activation)
     steps = _steps_of_a_chunk(T, batch, SIMPLE_EXAMPLES)
 
     def through_chunk(chunk, start, own, from_later, arrays, dU, dW):
         from_later, δ, λ = backward(start, steps, own, from_later)
-        λ = [tf.reshape(λ, [steps, batch, units]) for λ in λ]
+        λ = tf.reshape(λ, [steps, batch, units])
         arrays = _with_chunk(arrays, chunk, own, _observed(λ, observed))
         δ = tf.reshape(δ, [-1, units])
         s_before = tf.reshape(_slice(s, start, steps), [steps, batch, units])
@@ -284,15 +284,16 @@ def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, observed):
 @_compiled
 def _simple_input_gradient(g, at_end, s, x, mask, dropout, U, W, activation):
     """∂L/∂x, by step."""
-    backward, T = _simple_backward(g, s, mask, dropout, W, activation, False), tf.shape(x)[0]
+    backward, T = _simple_backward(g, s, mask, dropout, W, activation), tf.shape(x)[0]
     _, δ, _ = backward(0, T, T, at_end)
     return tf.reshape(tf.reshape(δ, [-1, tf.shape(W)[0]]) @ tf.transpose(U), tf.shape(x))
 
 
-def _simple_backward(g, s, mask, dropout, W, activation, with_λ):
-    """The loop over a chunk's own steps: to what goes on to earlier ones, δ, and [λ] or [].
+def _simple_backward(g, s, mask, dropout, W, activation):
+    """The loop over a chunk's own steps: to what goes on to earlier ones, δ, and λ.
 
-    δ and λ of all steps of the chunk: 0 of those that are not its own.
+    δ and λ of all steps of the chunk: 0 of those that are not its own. XLA leaves λ out where it is
+    not read.
     """
     derivative, W_T, units = DERIVATIVE_AT_OUTPUT[activation], tf.transpose(W), tf.shape(W)[0]
 
@@ -305,11 +306,11 @@ def _simple_backward(g, s, mask, dropout, W, activation, with_λ):
                 taken = tf.repeat(mask[start + t], units)
                 δ_t = tf.where(taken, δ_t, tf.zeros_like(δ_t))
                 to_earlier = tf.where(taken, to_earlier, λ_t)
-            return to_earlier, δ.write(t, δ_t), [array.write(t, λ_t) for array in λ]
+            return to_earlier, δ.write(t, δ_t), λ.write(t, λ_t)
 
-        λ = [_steps(steps, s)] if with_λ else []
-        to_earlier, δ, λ = _from_last(own, body, from_later, _steps(steps, s), λ)
-        return to_earlier, δ.stack(), [array.stack() for array in λ]
+        arrays = _steps(steps, s), _steps(steps, s)
+        to_earlier, δ, λ = _from_last(own, body, from_later, *arrays)
+        return to_earlier, δ.stack(), λ.stack()
 
     return backward
 
@@ -324,7 +325,7 @@ def _gated_gradients(g, at_end, s, x, mask, kernels, activation, observed):
     def through_chunk(chunk, start, own, from_later, arrays, *dkernels):
         from_later, κ, _, λ = backward(start, steps, own, from_later)
         λ = tf.reshape(λ, [steps, batch, units])
-        arrays = _with_chunk(arrays, chunk, own, _observed([λ], observed))
+        arrays = _with_chunk(arrays, chunk, own, _observed(λ, observed))
         x_of_chunk = _slice(x, start, steps)
         dkernels = [
             dkernel + _sum_of_products(x_of_chunk, κ_of_kernel, dkernel.dtype)
@@ -395,19 +396,19 @@ def _plus_upstream(g, t, from_later):
     return from_later if g is None else g[t] + from_later
 
 
-# What is observed of λ, as `_explicit` says: λ itself, or its norms.
-
-
-def _kinds_observed(observed, s):
-    """The dtype and rank of each, for some steps."""
-    with_λ, with_norms = observed
-    return [(s.dtype, 3)] * with_λ + [(tf.float64, 1)] * with_norms
+# What is observed of λ, as `_explicit` says: λ itself, its norms, both, or nothing.
 
 
 def _observed(λ, observed):
-    """Of [λ of some steps] as (steps, examples, units); of [] where nothing is observed."""
+    """Of λ of some steps, (steps, examples, units)."""
     with_λ, with_norms = observed
-    return λ * with_λ + [summed_norms(λ) for λ in λ] * with_norms
+    return [λ] * with_λ + [summed_norms(λ)] * with_norms
+
+
+def _kinds_observed(observed, s):
+    """The dtype and rank of each of these."""
+    with_λ, with_norms = observed
+    return [(s.dtype, 3)] * with_λ + [(tf.float64, 1)] * with_norms
 
 
 # By chunks of steps
