@@ -107,7 +107,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few turns, to see that it runs")
     quick = parser.parse_args().quick
-    turns, steps = (2, 20) if quick else (20, 200)
+    turns, steps = (2, 20) if quick else (40, 100)
     table = Table("model", "variant", "ms a step (median)", "ratio to plain fit (quartiles)")
     results = []
     for build, target in TARGETS.items():
