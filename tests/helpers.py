@@ -6,7 +6,11 @@ the cell, step by step, under a tf.GradientTape; `finite_differences` needs no d
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 
 import keras
 import numpy as np
@@ -279,3 +283,12 @@ class TwoStates(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "units": self.units}
+
+
+def module_at(path: Path) -> ModuleType:
+    """The module of a file that is no part of a package, which may import those beside it."""
+    sys.path.insert(0, str(path.parent))
+    try:
+        return importlib.import_module(path.stem)
+    finally:
+        sys.path.remove(str(path.parent))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import module_at
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
+page = module_at(BENCHMARKS / "page.py")
 
 
 def run(name, *options):
@@ -55,28 +56,20 @@ def test_kept_figures_say_what_they_were_measured_on(name):
         assert {"python", "tensorflow", "keras", "cores"} <= set(part)
 
 
-def page():
-    """tests/benchmarks/page.py, which is no part of a package."""
-    spec = importlib.util.spec_from_file_location("page", BENCHMARKS / "page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_tables_of_the_page_are_those_of_the_kept_figures():
-    text = page().PAGE.read_text(encoding="utf-8")
-    assert page().filled(text) == text
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.filled(text) == text
 
 
 def test_a_table_whose_place_is_gone_is_missed():
-    text = page().PAGE.read_text(encoding="utf-8").replace("<!-- scaling -->\n", "")
+    text = page.PAGE.read_text(encoding="utf-8").replace("<!-- scaling -->\n", "")
     with pytest.raises(ValueError, match="no line <!-- scaling -->"):
-        page().filled(text)
+        page.filled(text)
 
 
 def test_what_the_page_says_of_the_cells():
-    text = " ".join(page().PAGE.read_text(encoding="utf-8").split())
+    text = " ".join(page.PAGE.read_text(encoding="utf-8").split())
     for name in ("simple_rnn", "simplified_lstm"):
-        rows = page().rows_of(name)
+        rows = page.kept(page.layers)[name]["rows"]
         short = sum(row["times_faster"] < row["target"] for row in rows)
         assert f"{short} of these {len(rows)} cells are short of their targets" in text

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import warnings
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from helpers import module_at
 from keras import layers
 from keras.initializers import Constant
 
@@ -598,12 +597,7 @@ def test_a_training_is_diagnosed_from_its_callback_to_its_advice():
 
 @pytest.fixture(scope="module")
 def benchmark():
-    path = Path(__file__).parent / "benchmarks" / "diagnosis.py"
-    spec = importlib.util.spec_from_file_location("benchmark_of_diagnosis", path)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return module_at(Path(__file__).parent / "benchmarks" / "diagnosis.py")
 
 
 def test_the_benchmark_counts_right_and_wrong_findings(benchmark):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
@@ -15,20 +14,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import module_at
 
 FOLDER = Path(__file__).parents[1] / "tutorials" / "papers"
 
 
-def _record():
-    """tutorials/papers/record.py, which the scripts import from beside them."""
-    spec = importlib.util.spec_from_file_location("record", FOLDER / "record.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["record"] = module  # Its dataclasses look themselves up there.
-    spec.loader.exec_module(module)
-    return module
-
-
-record = _record()
+record = module_at(FOLDER / "record.py")
 SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.stem != "record")
 VERDICTS = {record.AGREES, record.IN_DIRECTION, record.DOES_NOT}
 

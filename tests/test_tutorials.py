@@ -7,7 +7,6 @@ one plain run of a script stands for what only scripts have: no IPython, no plac
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -17,20 +16,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import module_at
 from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
 
 
-def _make_notebooks():
-    """tutorials/make_notebooks.py, which is a script beside the package, as a module."""
-    spec = importlib.util.spec_from_file_location("make_notebooks", FOLDER / "make_notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-notebooks = _make_notebooks()
+notebooks = module_at(FOLDER / "make_notebooks.py")
 SCRIPTS = notebooks.scripts()
 
 each = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)

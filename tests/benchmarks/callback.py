@@ -102,13 +102,21 @@ def measure(build, turns, steps, batch_size=32):
 # Of plain fit's time; more is asked of a step that records ∂L/∂s_t too.
 TARGETS = {keras_lstm: 1.03, feed_forward: 1.03, recurrent: 1.05}
 
+COLUMNS = ("model", "variant", "ms a step (median)", "ratio to plain fit (quartiles)")
+
+
+def shown(row):
+    """The cells of a row."""
+    of_plain = at_most(row["ratio"], row["quartiles"], row["target"], digits=3)
+    return row["model"], row["variant"], f"{row['ms_a_step']:.2f}", of_plain
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few turns, to see that it runs")
     quick = parser.parse_args().quick
     turns, steps = (2, 20) if quick else (40, 100)
-    table = Table("model", "variant", "ms a step (median)", "ratio to plain fit (quartiles)")
+    table = Table(*COLUMNS)
     results = []
     for build, target in TARGETS.items():
         times = measure(build, turns, steps)
@@ -123,8 +131,7 @@ def main():
                 "target": target if name == "GradientNorms" else None,
             }
             results.append(row)
-            shown = at_most(row["ratio"], row["quartiles"], row["target"], digits=3)
-            table.add_row(row["model"], name, f"{row['ms_a_step']:.2f}", shown)
+            table.add_row(*shown(row))
     show(table)
     if not quick:
         write_report(__file__, turns=turns, steps_a_turn=steps, results=results)

@@ -83,7 +83,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="short sequences, to see that it runs")
     arguments = parser.parse_args()
     units, timesteps, runs = (8, 20, 1) if arguments.quick else (128, 1600, 3)
-    table = Table("layer", "output", "MB", "Keras's MB", "ratio")
+    table = Table(*COLUMNS)
     results = []
     pairs, outputs = (PAIRS[:1], (False,)) if arguments.quick else (PAIRS, (False, True))
     for sequences in outputs:
@@ -109,13 +109,7 @@ def main():
                 "target": TARGET,
             }
             results.append(row)
-            table.add_row(
-                ours,
-                "every step" if sequences else "last step",
-                spread(peaks[ours]),
-                spread(peaks[theirs]),
-                at_most(row["ratio"], None, TARGET),
-            )
+            table.add_row(*shown(row))
     show(table)
     if not arguments.quick:
         write_report(
@@ -126,6 +120,20 @@ def main():
             timesteps=timesteps,
             results=results,
         )
+
+
+COLUMNS = ("layer", "output", "MB (least to largest)", "Keras's MB (least to largest)", "ratio")
+
+
+def shown(row):
+    """The cells of a row."""
+    return (
+        row["layer"],
+        "every step" if row["return_sequences"] else "last step",
+        spread(row["runs"]),
+        spread(row["keras_runs"]),
+        at_most(row["ratio"], None, row["target"]),
+    )
 
 
 def spread(values):
