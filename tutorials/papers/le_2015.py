@@ -14,7 +14,7 @@
 # has a loss below 0.1 after 1.39 million sequences at T = 150, which is 87 000 steps. The grid and
 # the figure are told from memory.
 #
-# **Ours, scaled down.** 100 units, batches of 16, T = 50, 100 and 150, at most 6000 steps. So few
+# **Ours, scaled down.** 100 units, batches of 16, T = 50, 100 and 150, at most 5000 steps. So few
 # are why Adam stands in place of SGD: in earlier runs of this script SGD with momentum 0.9 taught
 # no network anything in 8000 steps at T = 100 and 150. Each sequence is new (but the same to each
 # network). The test loss, of 1000 sequences, is checked each 250 steps, and a training ends when it
@@ -24,7 +24,7 @@
 # The settings are the best of a grid for each network: the paper's four thresholds of clipping
 # (here of the whole gradient) and four forget biases, all of them, and the four largest of its nine
 # learning rates, 1e-4 to 0.1, with one seed, 1500 steps and T = 50. The five smaller rates are left
-# out because Adam moves a weight by about its learning rate a step: by at most 0.06 in 6000 steps
+# out because Adam moves a weight by about its learning rate a step: by at most 0.05 in 5000 steps
 # at 1e-5. The choice is by the loss on held-out sequences, its mean over the checks, so that
 # learning early counts, too; checks that an ended training no longer needs have its last loss. A
 # run that diverged counts as Inf, and of equals the first is taken. Then three runs of each network
@@ -41,8 +41,12 @@
 # mean loss was 0.163, so nothing had been learned. After nearly twenty minutes it was ended, too,
 # and what had been done of the final runs was not looked at. At 1e-6 and less the LSTM's loss (bias
 # 1) was still above 1.17 in the first round, where the constant answer has 0.167, and up to 1e-2
-# clipping at 100 gave each LSTM the same loss as at 1000. So this grid and new seeds were chosen,
-# before any run of them.
+# clipping at 100 gave each LSTM the same loss as at 1000. So this grid was chosen, before any run
+# of it. It ran with 6000 final steps and seeds 51 to 53, twice, with the same numbers: tanh and the
+# IRNN took 1e-4, the LSTM 1e-2 with a bias of 1, all clipped at 1; the verdicts were of tanh and
+# IRNN agrees in direction, agrees, agrees, of IRNN and LSTM does not agree, three times. It took
+# half a minute more than the twenty allowed, for which alone the final steps are now 5000; their
+# seeds are new, the grid is the same.
 #
 # **Pilots**, with another seed and other data, of Adam clipped at 1; losses at the end, and steps.
 # IRNN, 1e-4: 0.086 at T = 50 (2500), 0.041 at T = 100 (4000), clipped at 10 0.109 (3000), 0.051 at
@@ -83,8 +87,8 @@ SETTINGS = {
     "grid_seed": 50,
     "grid_steps": 4 if script.quick else 1500,
     "timesteps": [10] if script.quick else [50, 100, 150],
-    "seeds": [51] if script.quick else [51, 52, 53],
-    "steps": 4 if script.quick else 6000,
+    "seeds": [54] if script.quick else [54, 55, 56],
+    "steps": 4 if script.quick else 5000,
     "check": 2 if script.quick else 250,
     "test_sequences": 64 if script.quick else 1000,
     "solved_below": 0.01,
