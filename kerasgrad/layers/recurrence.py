@@ -183,6 +183,14 @@ def _by_step(array, with_bias=False):
     return tf.pad(array, [[0, 0], [0, 0], [0, 1]], constant_values=1) if with_bias else array
 
 
+@_compiled
+def _by_example(shares, s_0):
+    """(batch, timesteps, units), from s_0 to s_T of each share of the batch."""
+    units = tf.shape(s_0)[1]
+    shares = [tf.reshape(s[1:], [tf.shape(s)[0] - 1, -1, units]) for s in shares]
+    return _swap(tf.concat(shares, axis=1))
+
+
 # Forward
 
 
@@ -253,8 +261,8 @@ def _states(x, s_0, mask, of_inputs, step):
     return tf.while_loop(lambda chunk, _: chunk < chunks, through_chunk, (0, states))[1].stack()
 
 
-# Backward. What the outputs alone pass to the states: g_1 to g_T, or None where only the last state
-# is an output, and what the loop starts from, 0 or ∂L/∂s_T.
+# Backward. What the outputs alone pass to the states: g_1 to g_T, batch first, or None where only
+# the last state is an output, and what the loop starts from, 0 or ∂L/∂s_T.
 
 
 @_compiled
@@ -298,8 +306,10 @@ def _simple_backward(g, s, mask, dropout, W, activation):
     derivative, W_T, units = DERIVATIVE_AT_OUTPUT[activation], tf.transpose(W), tf.shape(W)[0]
 
     def backward(start, steps, own, from_later):
+        upstream = _upstream(g, start, steps)
+
         def body(t, from_later, δ, λ):
-            λ_t = _plus_upstream(g, start + t, from_later)
+            λ_t = _plus_upstream(upstream, t, from_later)
             δ_t = derivative(s[start + t + 1]) * λ_t
             to_earlier = _flat(_dropped(tf.reshape(δ_t, [-1, units]) @ W_T, dropout))
             if mask is not None:
@@ -376,8 +386,10 @@ def _gated_backward(g, s, x, mask, kernels, activation):
             slope = tf.where(taken, slope, tf.zeros_like(slope))
             to_earlier = tf.where(taken, to_earlier, tf.ones_like(slope))
 
+        upstream = _upstream(g, start, steps)
+
         def body(t, from_later, λ):
-            λ_t = _plus_upstream(g, start + t, from_later)
+            λ_t = _plus_upstream(upstream, t, from_later)
             return to_earlier[t] * λ_t, λ.write(t, λ_t)
 
         from_later, λ = _from_last(own, body, from_later, _steps(steps, s))
@@ -391,9 +403,18 @@ def _gated_backward(g, s, x, mask, kernels, activation):
     return backward
 
 
-def _plus_upstream(g, t, from_later):
+def _upstream(g, start, steps):
+    """g of some steps, (steps, numbers of a step), or None."""
+    if g is None:
+        return None
+    # Time comes first only here, in a chunk: of all steps it would be one more array of their size.
+    batch, _, units = tf.unstack(tf.shape(g))
+    return tf.reshape(_swap(tf.slice(g, [0, start, 0], [batch, steps, units])), [steps, -1])
+
+
+def _plus_upstream(upstream, t, from_later):
     """λ_t."""
-    return from_later if g is None else g[t] + from_later
+    return from_later if upstream is None else upstream[t] + from_later
 
 
 # What is observed of λ, as `_explicit` says: λ itself, its norms, both, or nothing.
@@ -563,18 +584,16 @@ def _explicit(functions, examples, weights, with_bias, return_sequences, observe
     observed = on_state_gradients is not None, on_state_norms is not None
 
     def of_share(x, s_0, mask, dropout, weights):
-        """The outputs of a share of the batch, and the function from their gradient to others."""
+        """The states of a share of the batch, and the function from g of its outputs to others."""
         tensors = [x, s_0, *weights]
         x, s_0, *weights = _constants(tensors)
-        of_steps = [tf.shape(x)[1], *tf.unstack(tf.shape(s_0))]
         inputs = _by_step(x, with_bias), None if mask is None else tf.transpose(mask), dropout
         s = states(inputs[0], s_0, *inputs[1:], *weights)
 
         def gradient(g):
             (constant_g,) = _constants([g])
             if return_sequences:
-                g_by_step = tf.reshape(_by_step(constant_g), tf.shape(s[1:]))
-                upstream = g_by_step, tf.zeros_like(s[0])
+                upstream = constant_g, tf.zeros_like(s[0])
             else:
                 upstream = None, _flat(constant_g)
             arguments = upstream, s, *inputs, *weights
@@ -585,14 +604,16 @@ def _explicit(functions, examples, weights, with_bias, return_sequences, observe
             dx = _swap(_differentiable_once(lambda: input_gradient(*arguments), [g, *tensors]))
             return dx[..., :-1] if with_bias else dx, ds_0, dweights, of_λ
 
-        if return_sequences:
-            return _swap(tf.reshape(s[1:], of_steps)), gradient
-        return tf.reshape(s[-1], of_steps[1:]), gradient
+        return s, gradient
 
     @tf.custom_gradient
     def recurrence(x, s_0, *weights):
         shares = [of_share(*share, weights) for share in _shares(s_0, x, s_0, *masks)]
-        outputs = tf.concat([outputs for outputs, _ in shares], axis=0)
+        states = [s for s, _ in shares]
+        if return_sequences:
+            outputs = _by_example(states, *_constants([s_0]))
+        else:
+            outputs = tf.concat([tf.reshape(s[-1], [-1, units]) for s in states], axis=0)
 
         def gradient(g):
             parts = [
