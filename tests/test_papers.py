@@ -382,14 +382,16 @@ def test_what_the_readme_says_of_the_identity_start():
     of_lstm = [made for timesteps in lengths for made in made_with("LSTM", timesteps)]
     assert all(made["solved"] for made in of_lstm)
     steps = [made["steps"] for made in of_lstm]
-    assert (min(steps), max(steps)) == (750, 3500)
+    assert (min(steps), max(steps)) == (750, 1750)
     of_irnn = [made for timesteps in lengths for made in made_with("IRNN", timesteps)]
     assert not any(made["solved"] for made in of_irnn)
-    assert {made["steps"] for made in of_irnn} == {6000}
+    assert {made["steps"] for made in of_irnn} == {5000}
     medians = [loss("IRNN", timesteps) for timesteps in lengths]
-    np.testing.assert_allclose(medians, [0.043, 0.031, 0.017], atol=0.0005)
+    np.testing.assert_allclose(medians, [0.056, 0.043, 0.047], atol=0.0005)
+    assert sum(made["test_losses"][-1] <= 0.15 for made in made_with("tanh", 50)) == 2
+    assert loss("tanh", 50) < loss("IRNN", 50)
     medians = [loss("tanh", timesteps) for timesteps in (100, 150)]
-    np.testing.assert_allclose(medians, [0.152, 0.164], atol=0.0005)
+    np.testing.assert_allclose(medians, [0.164, 0.164], atol=0.0005)
 
 
 def test_what_the_readme_says_of_the_gates():
