@@ -167,7 +167,8 @@ class Script:
         """What train returns for each call's arguments, as `kept` gives it, so many at a time."""
         os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # Of the processes that joblib starts.
         os.environ["TF_NUM_INTEROP_THREADS"] = "1"
-        # One call at a time: a batch of the last ones would leave a core without work.
+        # One call at a time: after kept runs, which take no time, joblib would hand out several
+        # trainings at once, and the other process might wait for them.
         return joblib.Parallel(n_jobs=self.jobs, batch_size=1)(
             joblib.delayed(self.kept)(train, *call) for call in calls
         )
