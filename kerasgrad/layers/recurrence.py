@@ -177,7 +177,7 @@ _compiled = tf.function(jit_compile=True, reduce_retracing=True, autograph=False
 
 
 @_compiled
-def _by_step(array, with_bias=False):
+def _by_step(array, with_bias):
     """(timesteps, batch, features); with a bias, 1 is the last feature."""
     array = _swap(array)
     return tf.pad(array, [[0, 0], [0, 0], [0, 1]], constant_values=1) if with_bias else array
@@ -408,8 +408,7 @@ def _upstream(g, start, steps):
     if g is None:
         return None
     # Time comes first only here, in a chunk: of all steps it would be one more array of their size.
-    batch, _, units = tf.unstack(tf.shape(g))
-    return tf.reshape(_swap(tf.slice(g, [0, start, 0], [batch, steps, units])), [steps, -1])
+    return tf.reshape(_swap(_slice(g, start, steps, axis=1)), [steps, -1])
 
 
 def _plus_upstream(upstream, t, from_later):
@@ -506,10 +505,12 @@ def _steps(T, like):
     return tf.TensorArray(like.dtype, T, element_shape=[None], clear_after_read=False)
 
 
-def _slice(array, start, steps):
+def _slice(array, start, steps, axis=0):
     # Unlike array[start : start + steps], of a size that XLA can tell.
-    shape = tf.unstack(tf.shape(array))
-    return tf.slice(array, [start] + [0] * (len(shape) - 1), [steps, *shape[1:]])
+    size = tf.unstack(tf.shape(array))
+    begin = [0] * len(size)
+    begin[axis], size[axis] = start, steps
+    return tf.slice(array, begin, size)
 
 
 def _flat(array):
@@ -563,7 +564,7 @@ def _explicit(functions, examples, weights, with_bias, return_sequences, observe
     """The recurrence whose compiled functions are given, as TensorFlow is to see it.
 
     Args:
-        functions: for a share of the examples, time first:
+        functions: for a share of the examples, time first but in g:
             states(x, s_0, mask, dropout, *weights) is s_0 to s_T;
             gradients((g, at_end), s, x, mask, dropout, *weights, observed=) is [∂L/∂weight of
             each]; ∂L/∂s_0; and a list of what is observed, where the pair `observed` says True:
