@@ -297,9 +297,9 @@ class _TrainStepHooks:
         self._traced_for: list[Recorder] = []
         self._replaced: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self._steps: dict[int, _Step] = {}
-        # Held in variables from where they are computed until the optimizer has the step's row: the
-        # place may be inside of a tf.function of the user's, from which no tensor can be carried
-        # out.
+        # Held in variables from where they are computed until the optimizer has the step's row, where
+        # the place is inside of a tf.function of the user's, from which no tensor can be carried
+        # out; a loss that the next step does not compute is NaN there.
         self._held_loss = tf.Variable(np.nan, dtype=tf.float64, trainable=False)
         # 0, or the number of the recorder whose limits forbid a step; no later step of the same
         # call counts.
@@ -383,7 +383,9 @@ class _TrainStepHooks:
 
     def _attach(self):
         model = self.model
-        self._halted.assign(0)  # A call that failed after a forbidden step has left it set.
+        # A call that failed in the middle of a step has left them set.
+        self._halted.assign(0)
+        self._held_loss.assign(np.nan)
         self._replace(model, "train_step", self._train_step)
         self._replace(model, "compute_loss", self._compute_loss)
         self._replace(model, "make_train_function", self._begin_next_fit)
@@ -441,21 +443,23 @@ class _TrainStepHooks:
 
     def _train_step(self, model, train_step, *args, **kwargs):
         replica = _replica_id()
-        self._steps[replica] = _Step()
-        if _is_first_replica():
-            self._held_loss.assign(np.nan)
+        step = self._steps[replica] = _Step()
         try:
-            return train_step(*args, **kwargs)
+            logs = train_step(*args, **kwargs)
         finally:
             del self._steps[replica]
+        if step.holds_loss:
+            self._held_loss.assign(np.nan)
+        return logs
 
     def _compute_loss(self, model, compute_loss, *args, **kwargs):
         loss = compute_loss(*args, **kwargs)
-        if _replica_id() in self._steps:  # Validation computes a loss, too.
+        step = self._steps.get(_replica_id())
+        if step is not None:  # Validation computes a loss, too.
             # What the tape differentiates is the sum, where somebody's loss is not a scalar.
             (total,) = _sum_over_replicas([tf.reduce_sum(read_apart(loss))])
             if _is_first_replica():
-                self._held_loss.assign(tf.cast(total, tf.float64))
+                step.take_loss(tf.cast(total, tf.float64), self._held_loss)
         return loss
 
     def _inner_loop(self, layer, inner_loop, sequences, *args, **kwargs):
@@ -576,11 +580,13 @@ class _TrainStepHooks:
                     due |= tf.equal(forbidding, 1 + self.recorders.index(recorder))
                 due = counts if due is None else due & counts
             buffer = recorder.buffer_of([variables[i] for i in columns])
-            row = Row(buffer, [step.summed[i] for i in columns], due)
-            row.write_given(
-                updating_optimizer(recorder.optimizer).iterations,
-                scale,
-                self._held_loss.read_value(),
+            row = Row(
+                buffer,
+                [step.summed[i] for i in columns],
+                due,
+                step=updating_optimizer(recorder.optimizer).iterations,
+                scale=scale,
+                loss=self._held_loss.read_value() if step.loss is None else step.loss,
             )
             step.rows.append((row, columns))
         for key, held in self._held_state_norms.items():
@@ -620,7 +626,18 @@ class _Step:
         self.calls = 0  # of recurrent layers
         self.state_gradients: Counter[str] = Counter()  # of each recurrent layer, by path
         self.timesteps: dict[tuple[str, int], int | None] = {}  # of each of these
+        self.loss: tf.Tensor | None = None  # None, too, while a variable holds it
+        self.holds_loss = False
+        self._graph = tf.compat.v1.get_default_graph()
         self.end_update()
+
+    def take_loss(self, loss: tf.Tensor, held: tf.Variable) -> None:
+        """The loss; `held` is for one that is computed inside of a tf.function of the user's."""
+        if tf.compat.v1.get_default_graph() is self._graph:
+            self.loss = loss
+        else:
+            self.loss, self.holds_loss = None, True
+            held.assign(loss)
 
     def end_update(self):
         self.grads: list = []

@@ -9,7 +9,8 @@ import tensorflow as tf
 _SMALLEST, _LARGEST = 1e-15, 1e15
 
 # Up to so many elements float64 throughout costs less than to choose in the graph: for a single
-# condition TensorFlow runs every operation of the train step with an executor that is slower.
+# condition TensorFlow runs every operation of the train step with an executor that is slower, and
+# what the condition may need is held until it is known.
 _FEW = 2**16
 
 _PRODUCTS = {"Mul": tf.raw_ops.Mul, "RealDiv": tf.raw_ops.RealDiv}
@@ -19,8 +20,9 @@ def gradient_norms(gradients: list[tf.Tensor | tf.IndexedSlices]) -> tf.Tensor:
     """(gradients,) float64: the L2 norm of each, true for gradients of 1e-30 and of 1e30, too.
 
     ‖g‖ is summed in float64; that of a gradient with many elements in its own precision, where that
-    is enough. Of a gradient that the graph has just multiplied by a scalar, as clipping by a norm
-    does, it is ‖s·g‖ = |s|·‖g‖, which costs no further pass over the gradient.
+    is enough. Two kinds of gradients cost no pass over their elements: one that the graph has just
+    multiplied by a scalar, as clipping by a norm does, since ‖s·g‖ = |s|·‖g‖; and one with many
+    elements whose squares the graph has summed up already, again as clipping by a norm does.
     """
     if not gradients:
         return tf.zeros([0], tf.float64)
@@ -72,7 +74,7 @@ def _has_few_elements(gradient):
 
 
 def _chosen_norms(gradients):
-    quick = _norms([at_least_float32(g) for g in gradients])
+    quick = tf.sqrt(_stacked([_sum_of_squares(g) for g in gradients]))
     enough = tf.reduce_all((quick > _SMALLEST) & (quick < _LARGEST))
     return tf.cond(
         enough,
@@ -81,21 +83,47 @@ def _chosen_norms(gradients):
     )
 
 
+def _sum_of_squares(tensor):
+    """Σ g², in the tensor's own precision or in float32: the one that the graph has, or a new one.
+
+    Keras clips by ops.sum(ops.square(g)), TensorFlow by reduce_sum(g * g, keepdims=True).
+    """
+    if not tf.executing_eagerly() and tensor.dtype.size >= 4:
+        squares = (op for op in tensor.consumers() if _is_square(op))
+        readers = (reader for op in squares for reader in op.outputs[0].consumers())
+        for op in readers:
+            if op.type == "Sum" and op.outputs[0].shape.num_elements() == 1:
+                return tf.reshape(op.outputs[0], [])
+    return 2 * tf.nn.l2_loss(at_least_float32(tensor))
+
+
+def _is_square(op):
+    return op.type == "Square" or (op.type == "Mul" and op.inputs[0] is op.inputs[1])
+
+
 def _norms(tensors):
     if not tensors:
         return tf.zeros([0], tf.float64)
-    return tf.sqrt(2 * tf.stack([tf.cast(tf.nn.l2_loss(t), tf.float64) for t in tensors]))
+    return tf.sqrt(2 * _stacked([tf.nn.l2_loss(t) for t in tensors]))
+
+
+def _stacked(scalars):
+    """One vector of them, in float64."""
+    if len({scalar.dtype for scalar in scalars}) > 1:
+        scalars = [tf.cast(scalar, tf.float64) for scalar in scalars]
+    return tf.cast(tf.stack(scalars), tf.float64)
 
 
 def _absolute_products(scalars):
     """|product| of each list of (scalar, exponent), where the exponent is 1 or -1."""
     longest = max(map(len, scalars))
-    one = tf.ones([], tf.float64), 1
+    dtypes = [scalar.dtype for pairs in scalars for scalar, _ in pairs]
+    one = tf.ones([], dtypes[0]), 1
     factors, exponents = zip(
         *(pair for pairs in scalars for pair in [*pairs, *[one] * (longest - len(pairs))]),
         strict=True,
     )
-    factors = tf.abs(tf.stack([tf.cast(tf.reshape(s, []), tf.float64) for s in factors]))
+    factors = tf.abs(_stacked([tf.reshape(s, []) for s in factors]))
     factors = tf.where(np.equal(exponents, 1), factors, 1 / factors)
     return tf.reduce_prod(tf.reshape(factors, [-1, longest]), axis=1)
 

@@ -173,7 +173,10 @@ class Recorder:
 
     def end(self) -> None:
         """The fit has no further steps."""
-        self.read()
+        with self._lock:
+            self.read()
+            for buffer in self._buffers.values():
+                buffer.forget_unfinished_row()
         if self.optimizer is not None:
             self._calls_at_end = calls_of(self.optimizer)
         if self._csv is not None:

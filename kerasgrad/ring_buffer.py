@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from kerasgrad.norms import gradient_norms
 
-_NO_GRADIENT = -1.0  # A norm is never negative, and NaN is a norm that can occur.
+# No gradient, or no row. A norm is never negative, and NaN is a norm that can occur.
+_NONE = np.float64(-1)
 
 
 class HeldStateNorms:
@@ -44,7 +45,7 @@ class RingBuffer:
     Args:
         weights: the names of the columns.
         capacity: the number of rows that are kept until they are read.
-        dtype: of the norms.
+        dtype: of the norms as they are read.
     """
 
     def __init__(self, weights: tuple[str, ...], capacity: int, dtype: tf.DType):
@@ -53,11 +54,13 @@ class RingBuffer:
         self.dtype = dtype
         self.capacity = capacity
         self.count = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self.step = tf.Variable(tf.zeros([capacity], tf.int64), trainable=False)
-        self.loss = tf.Variable(tf.zeros([capacity], dtype), trainable=False)
-        self.norms = tf.Variable(tf.zeros([capacity, W], dtype), trainable=False)
-        # Norms of what went into clipping and of what came out of it, side by side.
-        self.clipping = tf.Variable(tf.zeros([capacity, 2 * W], dtype), trainable=False)
+        # What is written together lies in one variable: to write a number takes as long as to write
+        # a hundred. A whole number is exact in float64 up to 2**53.
+        # Columns: the step, its loss, W norms.
+        self.given = tf.Variable(tf.zeros([capacity, 2 + W], tf.float64), trainable=False)
+        # Columns: the row's number, that of an earlier one where the optimizer has skipped this
+        # update; W norms of what went into clipping, W of what came out.
+        self.applied = tf.Variable(tf.fill([capacity, 1 + 2 * W], _NONE), trainable=False)
         self._state_norms: dict[tuple[str, int], tf.Variable] = {}
         self._calls: dict[tuple[str, int], int] = {}
         self._read = 0
@@ -87,27 +90,35 @@ class RingBuffer:
                 stacklevel=2,
             )
             first = count - self.capacity
-        rows = np.arange(first, count) % self.capacity
-        norms = self.norms.numpy()[rows]
-        before, after = np.split(self.clipping.numpy()[rows], 2, axis=1)
-        missing = norms == _NO_GRADIENT
-        updated = (after != _NO_GRADIENT).any(axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
+        numbers = np.arange(first, count)
+        rows = numbers % self.capacity
+        (step, loss), norms = _split_columns(self.given.numpy()[rows], 2)
+        (number,), applied = _split_columns(self.applied.numpy()[rows], 1)
+        updated = number == numbers
+        before, after = np.split(applied, 2, axis=1)
+        missing = norms == _NONE
+        without = (after == _NONE) | ~updated[:, None]
+        dtype = self.dtype.as_numpy_dtype
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             factors = np.where(missing | (before == 0), 1, after / before)
-        return {
-            "weights": self.weights,
-            "step": self.step.numpy()[rows],
-            "loss": self.loss.numpy()[rows],
-            "norms": np.where(missing, np.nan, norms),
-            "applied_norms": np.where(after == _NO_GRADIENT, np.nan, after),
-            "missing": missing,
-            "updated": updated,
-            "clip_factor": np.where(updated, factors.min(axis=1), np.nan),
-            "state_norms": {
-                self._name(key): variable.numpy()[rows]
-                for key, variable in self._state_norms.items()
-            },
-        }
+            return {
+                "weights": self.weights,
+                "step": step.astype(np.int64),
+                "loss": loss.astype(dtype),
+                "norms": np.where(missing, np.nan, norms).astype(dtype),
+                "applied_norms": np.where(without, np.nan, after).astype(dtype),
+                "missing": missing,
+                "updated": updated,
+                "clip_factor": np.where(updated, factors.min(axis=1), np.nan).astype(dtype),
+                "state_norms": {
+                    self._name(key): variable.numpy()[rows]
+                    for key, variable in self._state_norms.items()
+                },
+            }
+
+    def forget_unfinished_row(self) -> None:
+        """A step has failed: the next one writes a row of the same number."""
+        self.applied.assign(tf.fill(self.applied.shape, _NONE))
 
     def _name(self, key):
         """The layer's path; and the number of the call, where a step calls the layer repeatedly."""
@@ -120,37 +131,37 @@ class RingBuffer:
 class Row:
     """In the graph: the row of a ring buffer that the present step writes.
 
+    Made before the optimizer has its turn, and closed after that.
+
     Args:
         buffer: the ring buffer.
         gradients: one for each of its weights, or None; summed over the replicas.
         due: scalar bool tensor, whether this step is recorded; None for always.
+        step: the number of updates before this one.
+        scale: of the loss; the gradients are multiplied by it.
+        loss: the batch's, not scaled.
     """
 
-    def __init__(self, buffer: RingBuffer, gradients: list, due: tf.Tensor | None):
+    def __init__(
+        self,
+        buffer: RingBuffer,
+        gradients: list,
+        due: tf.Tensor | None,
+        *,
+        step: tf.Tensor,
+        scale: Any,
+        loss: tf.Tensor,
+    ):
         self._buffer = buffer
         self._present = [i for i, g in enumerate(gradients) if g is not None]
         self._gradients = [gradients[i] for i in self._present]
         self._due = due
-        self._index = tf.cast(buffer.count % buffer.capacity, tf.int32)
-        # Shared with write_applied; inside of a tf.cond there is nothing to share.
-        self._norms = gradient_norms(self._gradients) if due is None else None
-
-    def write_given(self, step: tf.Tensor, scale: Any, loss: tf.Tensor) -> None:
-        """What is known before the optimizer has its turn; `scale` multiplies the gradients."""
-        buffer = self._buffer
-
-        def write():
-            norms = gradient_norms(self._gradients) if self._norms is None else self._norms
-            self._write(buffer.step, tf.cast(step, tf.int64))
-            self._write(buffer.loss, tf.cast(loss, buffer.dtype))
-            self._write(buffer.norms, self._by_weight(norms / tf.cast(scale, tf.float64)))
-            # What stays where the optimizer leaves the weights alone.
-            not_updated = tf.fill(
-                [2 * buffer.norms.shape[1]], tf.constant(_NO_GRADIENT, buffer.dtype)
-            )
-            self._write(buffer.clipping, not_updated)
-
-        when(self._due, write)
+        self._step_and_loss = [tf.cast(step, tf.float64), tf.cast(loss, tf.float64)]
+        self._scale = scale
+        self._number = buffer.count.read_value()
+        self._index = self._number % buffer.capacity
+        self._graph = tf.compat.v1.get_default_graph()
+        self._norms: tf.Tensor | None = None
 
     def write_state_norms(
         self,
@@ -183,32 +194,55 @@ class Row:
         """The gradients that went into clipping, and what came out, without missing ones."""
 
         def write():
-            unscaled = self._norms is None or not same(before, self._gradients)
-            norms = gradient_norms(before) if unscaled else self._norms
+            norms = self._norms_of(before)
             applied = norms if same(before, after) else gradient_norms(after)
-            values = tf.concat([self._by_weight(norms), self._by_weight(applied)], axis=0)
-            self._write(self._buffer.clipping, values)
+            number = tf.cast(self._number, tf.float64)
+            row = [[number], self._by_weight(norms), self._by_weight(applied)]
+            self._write(self._buffer.applied, tf.concat(row, axis=0))
 
         when(self._due, write)
 
     def close(self) -> None:
         """The step is done: its row counts."""
+
+        def write():
+            # Only now, when the graph has what clipping by a norm has summed up.
+            norms = self._norms_of(self._gradients) / tf.cast(self._scale, tf.float64)
+            row = [self._step_and_loss, self._by_weight(norms)]
+            self._write(self._buffer.given, tf.concat(row, axis=0))
+
+        when(self._due, write)
         # TensorFlow runs in any order what does not depend on each other, and a step that fails
         # half way must not leave a row.
         with tf.control_dependencies(_side_effects()):
             self._buffer.count.assign_add(1 if self._due is None else tf.cast(self._due, tf.int64))
 
+    def _norms_of(self, gradients):
+        """Their norms; of the row's own gradients they are worked out once, where that can be."""
+        # From inside of a condition no tensor can be carried out.
+        is_inside = tf.compat.v1.get_default_graph() is not self._graph
+        if is_inside or not same(gradients, self._gradients):
+            return gradient_norms(gradients)
+        if self._norms is None:
+            self._norms = gradient_norms(gradients)
+        return self._norms
+
     def _by_weight(self, norms):
         """The norms of the gradients that are there, in the buffer's columns."""
-        columns = self._buffer.norms.shape[1]
-        if len(self._present) < columns:
-            of_column = np.full(columns, len(self._present))
-            of_column[self._present] = np.arange(len(self._present))
-            norms = tf.gather(tf.concat([norms, [_NO_GRADIENT]], axis=0), of_column)
-        return tf.cast(norms, self._buffer.dtype)
+        columns = len(self._buffer.weights)
+        if len(self._present) == columns:
+            return norms
+        of_column = np.full(columns, len(self._present))
+        of_column[self._present] = np.arange(len(self._present))
+        return tf.gather(tf.concat([norms, [_NONE]], axis=0), of_column)
 
     def _write(self, variable, value):
         variable.scatter_update(tf.IndexedSlices(value, self._index))
+
+
+def _split_columns(array, number):
+    """([column, ...], the rest of the columns)."""
+    return list(array[:, :number].T), array[:, number:]
 
 
 def same(tensors: list, others: list) -> bool:

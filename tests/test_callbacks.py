@@ -658,6 +658,59 @@ def test_skipped_steps_of_a_loss_scale_optimizer_are_recorded_as_such(run_eagerl
     assert history.clip_rate == np.mean(np.array(factors)[updated] < 1)
 
 
+class Unreliable(keras.optimizers.SGD):
+    """Updates; or fails with its gradients clipped already; or leaves an update out."""
+
+    does = "update"
+
+    def apply(self, grads, trainable_variables=None):
+        if self.does != "skip":
+            super().apply(grads, trainable_variables)
+
+    def update_step(self, gradient, variable, learning_rate):
+        if self.does == "fail":
+            raise OSError("no update")
+        super().update_step(gradient, variable, learning_rate)
+
+
+def test_a_skipped_update_after_a_failed_step():
+    # Both write the same row of the buffer, the failed one alone what it has clipped.
+    model, optimizer, norms = dense(), Unreliable(0.01, clipnorm=1.0), GradientNorms()
+    model.compile(optimizer, "mse", run_eagerly=True)
+    for does in "update", "fail", "skip":
+        optimizer.does = does
+        with pytest.raises(OSError) if does == "fail" else contextlib.nullcontext():
+            model.fit(X[:4], Y[:4], verbose=0, callbacks=[norms])
+    assert norms.history.updated.tolist() == [True, False]
+    assert np.isnan(norms.history.applied_norms[1]).all()
+
+
+class LossNowAndThen(Subclassed):
+    """At each second step Keras's loss inside of a condition, at the others one of its own."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = tf.cond(
+                self.optimizer.iterations % 2 == 0,
+                lambda: self.compute_loss(x=x, y=y, y_pred=y_pred),
+                lambda: tf.reduce_mean(tf.square(y - y_pred)),
+            )
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.optimizer.apply(gradients, self.trainable_weights)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_a_loss_that_a_step_does_not_compute_is_not_that_of_the_step_before(run_eagerly):
+    model, norms = LossNowAndThen(), GradientNorms()
+    model.compile(keras.optimizers.SGD(0.01), "mse", run_eagerly=run_eagerly)
+    for _ in range(2):
+        model.fit(X[:16], Y[:16], batch_size=4, verbose=0, callbacks=[norms])
+    assert np.isfinite(norms.history.loss).tolist() == 4 * [True, False]
+
+
 # Numbers at the edge of float32
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kerasgrad import norms as norms_module
+from kerasgrad.keras_private import CLIP_METHOD
 from kerasgrad.norms import gradient_norms, read_apart, summed_norms
 
 RTOL = {"float16": 1e-6, "bfloat16": 1e-6, "float32": 2e-6, "float64": 1e-12}
@@ -171,6 +173,51 @@ def test_nobody_reads_a_product_with_a_scalar(name):
 
     step(drawn(1.0, "float32"), tf.constant(3.0))
     assert len(products) > 1
+
+
+def clipped_by(**options):
+    clip = getattr(keras.optimizers.SGD(**options), CLIP_METHOD)
+    return lambda g: clip([g])[0]
+
+
+CLIPS = {
+    "clipnorm": clipped_by(clipnorm=0.7),
+    "global_clipnorm": clipped_by(global_clipnorm=0.7),
+    "tf.clip_by_norm": lambda g: tf.clip_by_norm(g, 0.7),
+}
+
+
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+@pytest.mark.parametrize("clip", CLIPS)
+def test_of_a_clipped_gradient_the_squares_are_summed_up_once(clip, mode, monkeypatch):
+    monkeypatch.setattr(norms_module, "_FEW", 0)
+    kinds = []
+
+    def norms(g):
+        clipped = CLIPS[clip](g)
+        graph = tf.compat.v1.get_default_graph()
+        before = len(graph.get_operations())
+        result = gradient_norms([g, clipped])
+        kinds.extend(op.type for op in graph.get_operations()[before:])
+        return result
+
+    compiled = MODES[mode](norms)
+    for size in MAGNITUDES["float32"]:
+        g = drawn(size, "float32")
+        np.testing.assert_allclose(compiled(g), [exact(g), exact(CLIPS[clip](g))], rtol=2e-6)
+    # What is summed up in float64, where that is needed, is inside of the condition.
+    assert kinds and not {"L2Loss", "Square", "Sum"} & set(kinds)
+
+
+def test_other_sums_are_not_taken_for_that_of_the_squares(monkeypatch):
+    monkeypatch.setattr(norms_module, "_FEW", 0)
+    g, h = drawn(1.0, "float32", seed=7), drawn(2.0, "float32", seed=8)
+
+    def norms(g, h):
+        tf.reduce_sum(g * g, axis=0), tf.reduce_sum(g * h), tf.reduce_max(tf.square(g))
+        return gradient_norms([g])
+
+    np.testing.assert_allclose(in_mode("graph", norms, g, h), [exact(g)], rtol=2e-6)
 
 
 def test_read_apart():

@@ -23,8 +23,8 @@ def write_row(buffer, number, *, missing=(), applied=None, scale=1.0, due=None):
         None if w in missing else tf.fill([2], scale * float(10 * number + w + 1))
         for w in range(len(buffer.weights))
     ]
-    row = Row(buffer, gradients, due)
-    row.write_given(tf.constant(number), scale, tf.constant(number / 2, tf.float64))
+    loss = tf.constant(number / 2, tf.float64)
+    row = Row(buffer, gradients, due, step=tf.constant(number), scale=scale, loss=loss)
     if applied is not None:
         before = [g / scale for g in gradients if g is not None]
         row.write_applied(before, before if applied == 1 else [applied * g for g in before])
@@ -95,8 +95,8 @@ def test_in_a_compiled_function(jit_compile):
     @tf.function(jit_compile=jit_compile, autograph=False)
     def step(number, due):
         gradients = [tf.fill([2], tf.cast(number, tf.float64) + w) for w in range(2)]
-        row = Row(buffer, [*gradients, None], due)
-        row.write_given(number, 2.0, tf.cast(number, tf.float64))
+        loss = tf.cast(number, tf.float64)
+        row = Row(buffer, [*gradients, None], due, step=number, scale=2.0, loss=loss)
         row.write_applied(gradients, [g * 0.5 for g in gradients])
         row.close()
 
@@ -117,8 +117,11 @@ def test_in_a_compiled_function(jit_compile):
 def test_a_row_that_is_not_closed_does_not_count():
     buffer = RingBuffer(WEIGHTS, 4, tf.float32)
     write_row(buffer, 0, applied=1)
-    Row(buffer, [tf.ones(2)] * 3, None).write_given(tf.constant(1), 1.0, tf.constant(0.0))
+    gradients = [tf.ones(2)] * 3
+    row = Row(buffer, gradients, None, step=tf.constant(1), scale=1.0, loss=tf.constant(0.0))
+    row.write_applied(gradients, gradients)
     assert_piece(buffer.read(), [expected_row(0, applied=1)])
+    buffer.forget_unfinished_row()
     write_row(buffer, 2)  # Nor does what was applied two rows before shine through.
     assert_piece(buffer.read(), [expected_row(2)])
 
@@ -126,8 +129,8 @@ def test_a_row_that_is_not_closed_does_not_count():
 def test_zero_and_non_finite_norms_are_no_missing_gradients():
     buffer = RingBuffer(WEIGHTS, 2, tf.float32)
     gradients = [tf.zeros(2), tf.constant([np.nan, 1.0]), tf.constant([np.inf, 1.0])]
-    row = Row(buffer, gradients, None)
-    row.write_given(tf.constant(0), 1.0, tf.constant(np.nan, tf.float64))
+    loss = tf.constant(np.nan, tf.float64)
+    row = Row(buffer, gradients, None, step=tf.constant(0), scale=1.0, loss=loss)
     row.write_applied(gradients, gradients)
     row.close()
     piece = buffer.read()
@@ -152,8 +155,8 @@ def test_state_norms_of_any_length(lengths, capacity):
     for number, T in enumerate(lengths):
         values = np.arange(T) + 10.0 * number
         held.variable.assign(values)
-        row = Row(buffer, [tf.ones(1)], None)
-        row.write_given(tf.constant(number), 1.0, tf.constant(0.0))
+        step, loss = tf.constant(number), tf.constant(0.0)
+        row = Row(buffer, [tf.ones(1)], None, step=step, scale=1.0, loss=loss)
         row.write_state_norms(key, held.take(), held, timesteps=None, fixed_length=False)
         row.close()
         # What a layer has handed over is taken once: a step without the layer has NaN.
