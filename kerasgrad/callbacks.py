@@ -297,9 +297,9 @@ class _TrainStepHooks:
         self._traced_for: list[Recorder] = []
         self._replaced: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self._steps: dict[int, _Step] = {}
-        # Held in variables from where they are computed until the optimizer has the step's row, where
-        # the place is inside of a tf.function of the user's, from which no tensor can be carried
-        # out; a loss that the next step does not compute is NaN there.
+        # What is computed inside of a tf.function of the user's, from which no tensor can be
+        # carried out, is held in a variable until the optimizer has the step's row; and then NaN
+        # again, for a step that does not compute it.
         self._held_loss = tf.Variable(np.nan, dtype=tf.float64, trainable=False)
         # 0, or the number of the recorder whose limits forbid a step; no later step of the same
         # call counts.

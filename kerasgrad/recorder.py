@@ -236,7 +236,7 @@ class Recorder:
         if count == 0 or not variables or not before.holds(variables):
             return  # The next call may do better.
         self._is_to_sample = False
-        moved, sizes = zip(*map(before.norms_of, variables), strict=True)
+        moved, sizes = before.norms_of(variables)
         with self._lock:
             self.read()
             self.history.append_updates(

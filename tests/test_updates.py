@@ -32,6 +32,7 @@ from test_callbacks import (
 )
 
 from kerasgrad import callbacks as callbacks_module
+from kerasgrad import updates as updates_module
 from kerasgrad.callbacks import GradientNorms
 from kerasgrad.updates import WeightsBefore
 
@@ -330,4 +331,18 @@ def test_a_weight_that_two_callbacks_record_is_copied_once():
     assert len(before._copies) == 1
     assert before.holds([kernel]) and not before.holds([kernel, keras.Variable(0.0)])
     kernel.assign([3.0, 5.0])
-    assert before.norms_of(kernel) == (1.0, 5.0)
+    np.testing.assert_array_equal(before.norms_of([kernel]), [[1.0], [5.0]])
+
+
+@pytest.mark.parametrize("elements", [1, 5, 100])
+def test_norms_of_many_weights_in_pieces(elements, monkeypatch):
+    monkeypatch.setattr(updates_module, "_ELEMENTS", elements)
+    rng = np.random.default_rng(0)
+    variables = [keras.Variable(rng.normal(size=n)) for n in (4, 1, 9, 1, 0)]
+    before, earlier = WeightsBefore(variables), [v.numpy() for v in variables]
+    for variable in variables:
+        variable.assign(rng.normal(size=variable.shape))
+    moved = [np.linalg.norm(v.numpy() - w) for v, w in zip(variables, earlier, strict=True)]
+    expected = moved, [np.linalg.norm(w) for w in earlier]
+    np.testing.assert_allclose(before.norms_of(variables), expected, rtol=1e-6)
+    assert np.size(before.norms_of([])) == 0
