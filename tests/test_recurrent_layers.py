@@ -496,7 +496,7 @@ def test_a_layer_is_traced_once_for_all_batches_and_epochs(kind, two_shares):
         for function in vars(recurrence).values()
         if hasattr(function, "experimental_get_tracing_count")
     ]
-    assert len(functions) == 8
+    assert len(functions) == 7
 
     def traces():
         return sum(function.experimental_get_tracing_count() for function in functions)

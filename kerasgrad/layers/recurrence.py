@@ -102,8 +102,8 @@ def simple_recurrence(
     if bias is not None:
         (kernel,) = _with_biases([kernel], [bias])
 
-    def states(x, s_0, mask, dropout, U, W):
-        return _simple_states(x, s_0, mask, dropout, U, W, activation)
+    def states(x, s_0, mask, dropout, U, W, with_bias):
+        return _simple_states(x, s_0, mask, dropout, U, W, activation, with_bias)
 
     def gradients(upstream, s, x, mask, dropout, U, W, observed):
         return _simple_gradients(*upstream, s, x, mask, dropout, W, activation, observed)
@@ -150,8 +150,8 @@ def gated_recurrence(
     if biases is not None:
         kernels = _with_biases(kernels, biases)
 
-    def states(x, s_0, mask, _, *kernels):
-        return _gated_states(x, s_0, mask, kernels, activation)
+    def states(x, s_0, mask, _, *kernels, with_bias):
+        return _gated_states(x, s_0, mask, kernels, activation, with_bias)
 
     def gradients(upstream, s, x, mask, _, *kernels, observed):
         return _gated_gradients(*upstream, s, x, mask, kernels, activation, observed)
@@ -177,13 +177,6 @@ _compiled = tf.function(jit_compile=True, reduce_retracing=True, autograph=False
 
 
 @_compiled
-def _by_step(array, with_bias):
-    """(timesteps, batch, features); with a bias, 1 is the last feature."""
-    array = _swap(array)
-    return tf.pad(array, [[0, 0], [0, 0], [0, 1]], constant_values=1) if with_bias else array
-
-
-@_compiled
 def _by_example(shares, s_0):
     """(batch, timesteps, units), from s_0 to s_T of each share of the batch."""
     units = tf.shape(s_0)[1]
@@ -191,24 +184,26 @@ def _by_example(shares, s_0):
     return _swap(tf.concat(shares, axis=1))
 
 
-# Forward
+# Forward, from x batch first
 
 
 @_compiled
-def _simple_states(x, s_0, mask, dropout, U, W, activation):
-    """s_0 to s_T."""
+def _simple_states(x, s_0, mask, dropout, U, W, activation, with_bias):
+    """x by step, and s_0 to s_T."""
+    x = _by_step(x, with_bias)
     U_W = tf.concat([U, W], axis=0)
 
     def step(s, x_t):
         s = _dropped(tf.reshape(s, tf.shape(s_0)), dropout)
         return activation(_flat(tf.concat([x_t, s], axis=1) @ U_W))
 
-    return _states(x, s_0, mask, lambda x: [x], step)
+    return x, _states(x, s_0, mask, lambda x: [x], step)
 
 
 @_compiled
-def _gated_states(x, s_0, mask, kernels, activation):
-    """s_0 to s_T."""
+def _gated_states(x, s_0, mask, kernels, activation, with_bias):
+    """x by step, and s_0 to s_T."""
+    x = _by_step(x, with_bias)
 
     def of_inputs(x):
         f, i, c = _gates(x, kernels)
@@ -217,7 +212,13 @@ def _gated_states(x, s_0, mask, kernels, activation):
     def step(s, f, z):
         return activation(f * s + z)
 
-    return _states(x, s_0, mask, of_inputs, step)
+    return x, _states(x, s_0, mask, of_inputs, step)
+
+
+def _by_step(x, with_bias):
+    """(timesteps, batch, features); with a bias, 1 is the last feature."""
+    x = _swap(x)
+    return tf.pad(x, [[0, 0], [0, 0], [0, 1]], constant_values=1) if with_bias else x
 
 
 def _gates(x, kernels):
@@ -564,8 +565,8 @@ def _explicit(functions, examples, weights, with_bias, return_sequences, observe
     """The recurrence whose compiled functions are given, as TensorFlow is to see it.
 
     Args:
-        functions: for a share of the examples, time first but in g:
-            states(x, s_0, mask, dropout, *weights) is s_0 to s_T;
+        functions: for a share of the examples, time first but in g, and in what goes into states:
+            states(x, s_0, mask, dropout, *weights, with_bias=) is x by step, and s_0 to s_T;
             gradients((g, at_end), s, x, mask, dropout, *weights, observed=) is [∂L/∂weight of
             each]; ∂L/∂s_0; and a list of what is observed, where the pair `observed` says True:
             λ_1 to λ_T, (timesteps, examples, units), and the sums over the examples of their norms,
@@ -588,8 +589,8 @@ def _explicit(functions, examples, weights, with_bias, return_sequences, observe
         """The states of a share of the batch, and the function from g of its outputs to others."""
         tensors = [x, s_0, *weights]
         x, s_0, *weights = _constants(tensors)
-        inputs = _by_step(x, with_bias), None if mask is None else tf.transpose(mask), dropout
-        s = states(inputs[0], s_0, *inputs[1:], *weights)
+        masks = None if mask is None else tf.transpose(mask), dropout
+        x, s = states(x, s_0, *masks, *weights, with_bias=with_bias)
 
         def gradient(g):
             (constant_g,) = _constants([g])
@@ -597,7 +598,7 @@ def _explicit(functions, examples, weights, with_bias, return_sequences, observe
                 upstream = constant_g, tf.zeros_like(s[0])
             else:
                 upstream = None, _flat(constant_g)
-            arguments = upstream, s, *inputs, *weights
+            arguments = upstream, s, x, *masks, *weights
             dweights, ds_0, of_λ = _differentiable_once(
                 lambda: gradients(*arguments, observed=observed), [g, *tensors]
             )
