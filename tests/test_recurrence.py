@@ -301,7 +301,7 @@ def test_chunks_of_gated_steps_give_the_gradients_of_autodiff(
 def test_chunks_of_simple_steps_give_the_gradients_of_autodiff(
     timesteps, masked, return_sequences, dropout
 ):
-    batch, units = 64, 128
+    batch, units = 48, 128
     assert steps_of_a_chunk(batch // 2, recurrence_module.SIMPLE_EXAMPLES) == 8
     rng = np.random.default_rng(timesteps)
     mask = tf.constant(rng.random((batch, timesteps)) < 0.7) if masked else None

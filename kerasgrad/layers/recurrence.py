@@ -273,20 +273,19 @@ def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, observed):
     backward = _simple_backward(g, s, mask, dropout, W, activation)
     steps = _steps_of_a_chunk(T, batch, SIMPLE_EXAMPLES)
 
-    def through_chunk(chunk, start, own, from_later, arrays, dU, dW):
+    def through_chunk(chunk, start, own, from_later, arrays, dU_W):
         from_later, δ, λ = backward(start, steps, own, from_later)
         λ = tf.reshape(λ, [steps, batch, units])
         arrays = _with_chunk(arrays, chunk, own, _observed(λ, observed))
-        δ = tf.reshape(δ, [-1, units])
         s_before = tf.reshape(_slice(s, start, steps), [steps, batch, units])
-        dU += _sum_of_products(_slice(x, start, steps), δ, dU.dtype)
-        dW += _sum_of_products(_dropped(s_before, dropout), δ, dW.dtype)
-        return from_later, arrays, dU, dW
+        x_s = tf.concat([_slice(x, start, steps), _dropped(s_before, dropout)], axis=2)
+        dU_W += _sum_of_products(x_s, tf.reshape(δ, [-1, units]), dU_W.dtype)
+        return from_later, arrays, dU_W
 
     arrays = _arrays_by_chunk(_chunks(T, steps), _kinds_observed(observed, s))
-    sums = _zeros([features, units], s), _zeros([units, units], s)
-    ds_0, arrays, *sums = _by_chunks(T, steps, through_chunk, at_end, arrays, *sums)
-    dweights = [tf.cast(dweight, s.dtype) for dweight in sums]
+    dU_W = _zeros([features + units, units], s)
+    ds_0, arrays, dU_W = _by_chunks(T, steps, through_chunk, at_end, arrays, dU_W)
+    dweights = tf.split(tf.cast(dU_W, s.dtype), [features, units])
     return dweights, tf.reshape(ds_0, [batch, units]), [_of_steps(array, T) for array in arrays]
 
 
@@ -438,7 +437,7 @@ def _kinds_observed(observed, s):
 # How large a chunk is at the most, as measured. With gates, so many numbers of each array: a core's
 # cache (1 MB) has to hold some ten of them. For the simple recurrence's sums, so many examples of
 # steps: a larger product would be cut in two for the other core, which has its own share to do.
-GATES_NUMBERS, SIMPLE_EXAMPLES = 2**14, 2**8
+GATES_NUMBERS, SIMPLE_EXAMPLES = 2**14, 192
 
 
 def _steps_of_a_chunk(T, step, most):
