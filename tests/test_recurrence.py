@@ -294,15 +294,26 @@ def test_chunks_of_gated_steps_give_the_gradients_of_autodiff(
     )
 
 
-@pytest.mark.parametrize("timesteps", [8, 19], ids="T={}".format)
+@pytest.mark.parametrize("features, units", [(1, 16), (3, 64), (33, 128), (3, 160), (3, 700)])
+def test_as_many_examples_are_summed_up_as_make_a_product_that_is_not_cut(features, units):
+    examples = int(recurrence_module._examples_of_a_simple_chunk(features, units))
+    most = recurrence_module.UNCUT_MULTIPLICATIONS / ((features + units) * units)
+    if most < 32:  # Cut, whatever the chunk.
+        assert examples == recurrence_module.SIMPLE_EXAMPLES
+    else:
+        assert examples == min(int(most), recurrence_module.SIMPLE_EXAMPLES)
+
+
+@pytest.mark.parametrize("timesteps, units, steps", [(8, 64, 8), (19, 64, 8), (19, 128, 2)])
 @MASKED
 @OUTPUTS
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "recurrent dropout"])
 def test_chunks_of_simple_steps_give_the_gradients_of_autodiff(
-    timesteps, masked, return_sequences, dropout
+    timesteps, units, steps, masked, return_sequences, dropout
 ):
-    batch, units = 48, 128
-    assert steps_of_a_chunk(batch // 2, recurrence_module.SIMPLE_EXAMPLES) == 8
+    batch = 64
+    examples = recurrence_module._examples_of_a_simple_chunk(4, units)  # The bias is one more.
+    assert steps_of_a_chunk(batch // 2, examples) == steps
     rng = np.random.default_rng(timesteps)
     mask = tf.constant(rng.random((batch, timesteps)) < 0.7) if masked else None
     dropout = tf.constant(rng.integers(0, 2, (batch, units)) * 2.0) if dropout else None

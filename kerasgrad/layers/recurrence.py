@@ -271,7 +271,7 @@ def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, observed):
     """∂L/∂U and ∂L/∂W; ∂L/∂s_0; what is observed of λ."""
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(W)[0]
     backward = _simple_backward(g, s, mask, dropout, W, activation)
-    steps = _steps_of_a_chunk(T, batch, SIMPLE_EXAMPLES)
+    steps = _steps_of_a_chunk(T, batch, _examples_of_a_simple_chunk(features, units))
 
     def through_chunk(chunk, start, own, from_later, arrays, dU_W):
         from_later, δ, λ = backward(start, steps, own, from_later)
@@ -436,8 +436,18 @@ def _kinds_observed(observed, s):
 
 # How large a chunk is at the most, as measured. With gates, so many numbers of each array: a core's
 # cache (1 MB) has to hold some ten of them. For the simple recurrence's sums, so many examples of
-# steps: a larger product would be cut in two for the other core, which has its own share to do.
-GATES_NUMBERS, SIMPLE_EXAMPLES = 2**14, 192
+# steps.
+GATES_NUMBERS, SIMPLE_EXAMPLES = 2**14, 2**8
+# A product of more multiplications TensorFlow cuts in two, for the other core, which has its own
+# share to do.
+UNCUT_MULTIPLICATIONS = 1_400_000
+
+
+def _examples_of_a_simple_chunk(features, units):
+    """How many examples of steps are summed up at once."""
+    uncut = UNCUT_MULTIPLICATIONS // ((features + units) * units)
+    # With so large weights that fewer are left, small products cost more than cut ones.
+    return tf.minimum(tf.where(uncut < 32, SIMPLE_EXAMPLES, uncut), SIMPLE_EXAMPLES)
 
 
 def _steps_of_a_chunk(T, step, most):
