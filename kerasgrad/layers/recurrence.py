@@ -193,11 +193,16 @@ def _simple_states(x, s_0, mask, dropout, U, W, activation, with_bias):
     x = _by_step(x, with_bias)
     U_W = tf.concat([U, W], axis=0)
 
-    def step(s, x_t):
-        s = _dropped(tf.reshape(s, tf.shape(s_0)), dropout)
-        return activation(_flat(tf.concat([x_t, s], axis=1) @ U_W))
+    def of_inputs(x):
+        return [tf.reshape(_rows(x) @ U, [tf.shape(x)[0], -1])] if _on_gpu() else [x]
 
-    return x, _states(x, s_0, mask, lambda x: [x], step)
+    def step(s, of_input):
+        s = _dropped(tf.reshape(s, tf.shape(s_0)), dropout)
+        if _on_gpu():
+            return activation(of_input + _flat(s @ W))
+        return activation(_flat(tf.concat([of_input, s], axis=1) @ U_W))
+
+    return x, _states(x, s_0, mask, of_inputs, step)
 
 
 @_compiled
@@ -212,6 +217,12 @@ def _gated_states(x, s_0, mask, kernels, activation, with_bias):
     def step(s, f, z):
         return activation(f * s + z)
 
+    if _on_gpu() and activation is keras.activations.linear:
+        f, z = of_inputs(x)
+        if mask is not None:
+            taken = tf.repeat(mask, tf.shape(s_0)[1], axis=1)
+            f, z = tf.where(taken, f, tf.ones_like(f)), tf.where(taken, z, tf.zeros_like(z))
+        return x, _scan(f, z, _flat(s_0))
     return x, _states(x, s_0, mask, of_inputs, step)
 
 
@@ -250,13 +261,18 @@ def _states(x, s_0, mask, of_inputs, step):
 
         def body(t, states):
             s = states.read(start + t)
-            s_t = step(s, *(array[t] for array in needed))
-            if mask is not None:
-                s_t = tf.where(tf.repeat(mask[start + t], units), s_t, s)
-            return t + 1, states.write(start + t + 1, s_t)
+            return t + 1, states.write(start + t + 1, after(s, start + t, needed, t))
 
         return chunk + 1, tf.while_loop(lambda t, _: t < steps, body, (0, states))[1]
 
+    def after(s, t, needed, row):
+        s_t = step(s, *(array[row] for array in needed))
+        return s_t if mask is None else tf.where(tf.repeat(mask[t], units), s_t, s)
+
+    if _on_gpu():
+        needed = of_inputs(x)
+        s = _in_rounds(T, lambda t, s: [after(s, t, needed, t)] * 2, _flat(s_0), 1)[1]
+        return tf.concat([_flat(s_0)[tf.newaxis], s], axis=0)
     chunks = _chunks(T, steps)
     states = _steps(T + 1, s_0).write(0, _flat(s_0))
     return tf.while_loop(lambda chunk, _: chunk < chunks, through_chunk, (0, states))[1].stack()
@@ -308,7 +324,7 @@ def _simple_backward(g, s, mask, dropout, W, activation):
     def backward(start, steps, own, from_later):
         upstream = _upstream(g, start, steps)
 
-        def body(t, from_later, δ, λ):
+        def back(t, from_later):
             λ_t = _plus_upstream(upstream, t, from_later)
             δ_t = derivative(s[start + t + 1]) * λ_t
             to_earlier = _flat(_dropped(tf.reshape(δ_t, [-1, units]) @ W_T, dropout))
@@ -316,11 +332,9 @@ def _simple_backward(g, s, mask, dropout, W, activation):
                 taken = tf.repeat(mask[start + t], units)
                 δ_t = tf.where(taken, δ_t, tf.zeros_like(δ_t))
                 to_earlier = tf.where(taken, to_earlier, λ_t)
-            return to_earlier, δ.write(t, δ_t), λ.write(t, λ_t)
+            return to_earlier, δ_t, λ_t
 
-        arrays = _steps(steps, s), _steps(steps, s)
-        to_earlier, δ, λ = _from_last(own, body, from_later, *arrays)
-        return to_earlier, δ.stack(), λ.stack()
+        return _through_steps(own, back, from_later, [_steps(steps, s), _steps(steps, s)])
 
     return backward
 
@@ -388,12 +402,19 @@ def _gated_backward(g, s, x, mask, kernels, activation):
 
         upstream = _upstream(g, start, steps)
 
-        def body(t, from_later, λ):
+        def back(t, from_later):
             λ_t = _plus_upstream(upstream, t, from_later)
-            return to_earlier[t] * λ_t, λ.write(t, λ_t)
+            return to_earlier[t] * λ_t, λ_t
 
-        from_later, λ = _from_last(own, body, from_later, _steps(steps, s))
-        λ = λ.stack()
+        if _on_gpu():
+            # With what a last step would pass on: λ_t = g_t + to_earlier_{t+1} ⊙ λ_{t+1}.
+            factor = tf.concat([to_earlier[1:], tf.ones_like(to_earlier[:1])], axis=0)
+            g_t = tf.zeros_like(slope) if upstream is None else upstream
+            λ = _scan(tf.reverse(factor, [0]), tf.reverse(g_t, [0]), from_later)
+            λ = tf.reverse(λ[1:], [0])
+            from_later = to_earlier[0] * λ[0]
+        else:
+            from_later, λ = _through_steps(own, back, from_later, [_steps(steps, s)])
         δ = slope * λ
         dc = δ * i
         κ = [δ * _slice(s, start, steps) * f * (1 - f), dc * c * (1 - i), dc][: len(kernels)]
@@ -452,7 +473,7 @@ def _examples_of_a_simple_chunk(features, units):
 
 def _steps_of_a_chunk(T, step, most):
     """How many of T steps, where one is so large, and a chunk may be so large."""
-    return tf.clip_by_value(most // tf.maximum(1, step), 1, T)
+    return T if _on_gpu() else tf.clip_by_value(most // tf.maximum(1, step), 1, T)
 
 
 def _chunks(T, steps):
@@ -466,6 +487,8 @@ def _by_chunks(T, steps, through_chunk, *carried):
     All chunks have as many steps, so that they are compiled once; of the first one's only so many
     are its own, and the others, at its end, belong to the second.
     """
+    if _on_gpu():
+        return through_chunk(0, 0, T, *carried)
     chunks = _chunks(T, steps)
 
     def body(chunk, *carried):
@@ -508,6 +531,85 @@ def _from_last(count, body, *carried):
         return t - 1, *after
 
     return tf.while_loop(lambda t, *_: t >= 0, body_of_loop, (count - 1, *carried))[1:]
+
+
+def _through_steps(own, back, from_later, arrays):
+    """The loop over a chunk's own steps: to what goes on to earlier ones, and the arrays filled.
+
+    Args:
+        back: from t and what comes from later steps to what goes on, and step t of each array.
+    """
+    if _on_gpu():
+        from_later, *backwards = _in_rounds(
+            own, lambda t, from_later: back(own - 1 - t, from_later), from_later, len(arrays)
+        )
+        return from_later, *(tf.reverse(array, [0]) for array in backwards)
+
+    def body(t, from_later, *arrays):
+        from_later, *of_step = back(t, from_later)
+        written = (array.write(t, value) for array, value in zip(arrays, of_step, strict=True))
+        return from_later, *written
+
+    from_later, *arrays = _from_last(own, body, from_later, *arrays)
+    return from_later, *(array.stack() for array in arrays)
+
+
+# On a GPU
+
+
+# As measured.
+STEPS_OF_A_ROUND = 16
+
+
+def _in_rounds(T, step, carried, count_given):
+    """carried after T steps, and arrays of what the steps give: carried, *given = step(t, carried).
+
+    A GPU waits for every launch, and for the host at every end of a loop's round that cannot be
+    counted beforehand: several steps are a round, which writes what they give at once.
+    """
+
+    def rounds(first, count, steps, carried):
+        def round_(n, carried, *arrays):
+            shape, given = carried.shape, []
+            for t in range(steps):
+                carried, *of_step = step(first + n * steps + t, carried)
+                given.append(of_step)
+            carried.set_shape(shape)
+            of_round = (tf.stack(of_step) for of_step in zip(*given, strict=True))
+            written = (array.write(n, of) for array, of in zip(arrays, of_round, strict=True))
+            return n + 1, carried, *written
+
+        # XLA does not compile what writes to an array of no rounds.
+        arrays = [
+            tf.TensorArray(carried.dtype, tf.maximum(count, 1), element_shape=[steps, None])
+            for _ in range(count_given)
+        ]
+        loop = tf.while_loop(lambda n, *_: n < count, round_, (0, carried, *arrays))
+        return loop[1], [_rows(array.stack())[: count * steps] for array in loop[2:]]
+
+    whole = T // STEPS_OF_A_ROUND
+    carried, given = rounds(0, whole, STEPS_OF_A_ROUND, carried)
+    carried, rest = rounds(whole * STEPS_OF_A_ROUND, T % STEPS_OF_A_ROUND, 1, carried)
+    return carried, *(tf.concat(parts, axis=0) for parts in zip(given, rest, strict=True))
+
+
+def _scan(a, b, s_0):
+    """s_0 to s_T of s_t = a_t ⊙ s_{t-1} + b_t in log_2 T passes over all steps (Kogge, Stone 1973).
+
+    After each pass s_t is made of twice as many steps before t, and a_t is their product.
+    """
+    t = tf.range(tf.shape(a)[0])[:, tf.newaxis]
+
+    def twice(reach, a, s):
+        def before(array):
+            earlier = tf.gather(array, tf.maximum(t[:, 0] - reach, 0))
+            return tf.where(t < reach, tf.zeros_like(array), earlier)
+
+        return 2 * reach, a * before(a), s + a * before(s)
+
+    s = tf.where(t == 0, a * s_0 + b, b)
+    s = tf.while_loop(lambda reach, *_: reach < tf.shape(a)[0], twice, (1, a, s))[2]
+    return tf.concat([s_0[tf.newaxis], s], axis=0)
 
 
 def _steps(T, like):
@@ -671,7 +773,11 @@ def _worth_sharing(batch, units):
     # As measured on two cores: of smaller layers, both halves take as long as the whole. Not by the
     # number of cores: a training gives the same numbers on one core as on two.
     large = units >= 32 and (batch is None or batch >= 32)
-    return large and not tf.config.list_logical_devices("GPU")
+    return large and not _on_gpu()
+
+
+def _on_gpu():
+    return bool(tf.config.list_logical_devices("GPU"))
 
 
 def _constants(tensors):

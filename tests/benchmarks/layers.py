@@ -13,6 +13,8 @@ median step, so that what else the machine does in between weighs little.
     scaling          a step of `fit` as the sequences grow
     first_step       tracing and compiling, and whether it happens again
     import           `import kerasgrad` against `import keras`
+    gpu              on a GPU, if there is one: both layers in `fit`, against Keras's as `fit` runs
+                     them there, SimpleRNN compiled by XLA and LSTM by cuDNN
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from measuring import (
     answer,
     at_least,
     at_most,
+    gpu_name,
     in_its_own_process,
     machine,
     median,
@@ -156,8 +159,10 @@ def fastest_mode(kind, units, timesteps, features):
     return best, made[best], seconds
 
 
-def in_fit(kind, ours, targets, quick, products=None):
+def in_fit(kind, ours, targets, grid, turns, products=None, fastest=fastest_mode):
     """Rows of a table of layers in fit: `ours` is {name: units -> layer}, against Keras's kind.
+
+    The grid is of features, units, timesteps; fastest(kind, units, timesteps, features) is Keras's.
 
     The rest of the step is the same model with the last x_T in place of the recurrent layer: what
     `fit`, the dense layer and the optimizer take, whatever the layer. products(units, timesteps,
@@ -165,16 +170,15 @@ def in_fit(kind, ours, targets, quick, products=None):
     """
     import keras
 
-    grid = itertools.product((2,), (8,), (10, 20)) if quick else FIT_GRID
     for features, units, timesteps in grid:
-        mode, times, by_mode = fastest_mode(kind, units, timesteps, features)
+        mode, times, by_mode = fastest(kind, units, timesteps, features)
         no_loop = keras.layers.Lambda(lambda sequences: sequences[:, -1])
         variants = {"keras": times, "rest": regression(no_loop, timesteps, features)}
         for name, make in ours.items():
             variants[name] = regression(make(units), timesteps, features)
         if products is not None:
             variants["products"] = products(units, timesteps, features)
-        taken = take_turns(variants, turns=2 if quick else 9)
+        taken = take_turns(variants, turns)
         floor = None
         if products is not None:
             floor = [sum(both) for both in zip(taken["rest"], taken["products"], strict=True)]
@@ -198,6 +202,7 @@ def in_fit(kind, ours, targets, quick, products=None):
 
 
 FIT_GRID = list(itertools.product((2, 32), (32, 64, 128), (100, 400, 1600)))
+QUICK_GRID = list(itertools.product((2,), (8,), (10, 20)))
 FIT_COLUMNS = (
     "layer",
     "features",
@@ -233,20 +238,29 @@ def simple_rnn(quick):
     def target(units, timesteps):
         return (2.5 if units == 128 else 3.0) if timesteps >= 400 else 1.0
 
-    yield from in_fit("SimpleRNN", {"SimpleRNN": kg.layers.SimpleRNN}, target, quick)
+    ours = {"SimpleRNN": kg.layers.SimpleRNN}
+    yield from in_fit("SimpleRNN", ours, target, *grid_and_turns(quick))
 
 
 def simplified_lstm(quick):
+    def target(units, timesteps):
+        return 10.0 if timesteps >= 1600 else 6.0 if timesteps >= 400 else 3.0
+
+    yield from in_fit("LSTM", gated_layers(), target, *grid_and_turns(quick), gate_products)
+
+
+def grid_and_turns(quick):
+    return (QUICK_GRID, 2) if quick else (FIT_GRID, 9)
+
+
+def gated_layers():
+    """{name: units -> layer}."""
     import kerasgrad as kg
 
     def make(activation):
         return lambda units: kg.layers.SimplifiedLSTM(units, activation, project_input=True)
 
-    def target(units, timesteps):
-        return 10.0 if timesteps >= 1600 else 6.0 if timesteps >= 400 else 3.0
-
-    ours = {"SimplifiedLSTM": make(None), "SimplifiedLSTM, tanh": make("tanh")}
-    yield from in_fit("LSTM", ours, target, quick, gate_products)
+    return {"SimplifiedLSTM": make(None), "SimplifiedLSTM, tanh": make("tanh")}
 
 
 def gate_products(units, timesteps, features):
@@ -291,6 +305,31 @@ def gate_products(units, timesteps, features):
         return [of_half(x, K) for x in halves]
 
     return timed(lambda: both_halves(halves, K))
+
+
+# On a GPU
+
+
+def gpu(quick):
+    import kerasgrad as kg
+
+    if not gpu_name():
+        sys.exit("The table `gpu` needs a GPU that TensorFlow sees, and there is none.")
+    grid, turns = (QUICK_GRID, 2) if quick else (GPU_GRID, 5)
+    for kind, ours in (("SimpleRNN", {"SimpleRNN": kg.layers.SimpleRNN}), ("LSTM", gated_layers())):
+        yield from in_fit(kind, ours, lambda *_: None, grid, turns, fastest=as_fit_runs_it)
+
+
+def as_fit_runs_it(kind, units, timesteps, features):
+    """As `fastest_mode`, of the layer with its defaults alone."""
+    import keras
+
+    times = regression(getattr(keras.layers, kind)(units), timesteps, features)
+    times(1)
+    return "default", times, {"default": median(times(2))}
+
+
+GPU_GRID = [(32, 128, 100), (32, 128, 400), (32, 128, 1600), (32, 512, 400)]
 
 
 # The recurrences alone
@@ -597,16 +636,17 @@ TABLES = {
     "scaling": (scaling, SCALING_COLUMNS, scaling_row),
     "first_step": (first_step, FIRST_STEP_COLUMNS, first_step_row),
     "import": (import_time, IMPORT_COLUMNS, import_row),
+    "gpu": (gpu, FIT_COLUMNS, fit_row),
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that it runs")
-    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--only", nargs="+", choices=TABLES, help="by default all that can be had")
     arguments = parser.parse_args()
     path = report_path(__file__)
-    for name in arguments.only:
+    for name in arguments.only or [name for name in TABLES if name != "gpu" or gpu_name()]:
         rows_of, columns, row = TABLES[name]
         start = time.perf_counter()
         rows = list(rows_of(arguments.quick))

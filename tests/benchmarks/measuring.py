@@ -81,6 +81,14 @@ def show(table: Any) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+def gpu_name() -> str | None:
+    """The GPU that TensorFlow runs on, if there is one."""
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    return tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else None
+
+
 def machine() -> dict[str, Any]:
     """What the figures of a report were measured on."""
     import keras
@@ -91,6 +99,7 @@ def machine() -> dict[str, Any]:
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
         "cores": os.cpu_count(),
+        "gpu": gpu_name(),
     }
 
 
