@@ -49,6 +49,20 @@ def test_quick_form_prints_its_table_and_keeps_the_figures(name, options, printe
     assert (BENCHMARKS / f"{name}.json").read_bytes() == kept
 
 
+def test_table_of_a_gpu_needs_one(monkeypatch):
+    layers = page.layers
+    monkeypatch.setattr(layers, "gpu_name", lambda: None)
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        next(layers.gpu(quick=True))
+    monkeypatch.setattr(layers, "gpu_name", lambda: "the processor in its place")
+    monkeypatch.setattr(layers, "QUICK_GRID", [(2, 8, 10)])
+    monkeypatch.setattr(layers, "SECONDS_A_TURN", 0.01)
+    rows = list(layers.gpu(quick=True))
+    names = [layers.fit_row(row)[0] for row in rows]
+    assert names == ["SimpleRNN", "SimplifiedLSTM", "SimplifiedLSTM, tanh"]
+    assert all(row["ms_a_step"] > row["rest_ms_a_step"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize("name", ["callback", "layers", "memory"])
 def test_kept_figures_say_what_they_were_measured_on(name):
     report = json.loads((BENCHMARKS / f"{name}.json").read_text())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from helpers import (
     MODES,
     assigning,
     finite_differences,
+    module_at,
     relative_error,
 )
 
@@ -339,6 +343,65 @@ def test_chunks_of_simple_steps_give_the_gradients_of_autodiff(
         return step_by_step(x, s_0, step, mask, return_sequences)
 
     assert_same_states_and_gradients(explicit, plain, tensors)
+
+
+@pytest.fixture(scope="module")
+def as_on_a_gpu():
+    """The module as it is where TensorFlow has a GPU; what it compiles runs on any device."""
+    module = module_at(Path(recurrence_module.__file__))
+    assert module is not recurrence_module
+    module._on_gpu = lambda: True
+    module.STEPS_OF_A_ROUND = 4
+    return module
+
+
+@pytest.mark.parametrize(
+    "timesteps, masked, return_sequences",
+    [(1, False, False), (9, True, False), (9, False, True)],
+)
+@pytest.mark.parametrize(
+    "recurrence, activation",
+    [(simple, tanh), (gated, linear), (gated, tanh)],
+    ids=["simple", "gated, linear", "gated, tanh"],
+)
+def test_form_for_a_gpu_gives_the_same_numbers(
+    recurrence, activation, return_sequences, masked, timesteps, as_on_a_gpu, monkeypatch
+):
+    rng = np.random.default_rng(timesteps)
+    shape = (timesteps, BATCH, UNITS)
+    last = 0.6 * rng.normal(size=(UNITS, UNITS)) if recurrence is simple else rng.random(shape)
+    arrays = [rng.normal(size=shape), rng.normal(size=(BATCH, UNITS)), last]
+    options = {
+        "activation": activation,
+        "return_sequences": return_sequences,
+        "mask": tf.constant(rng.random((BATCH, timesteps)) < 0.7) if masked else None,
+    }
+    if recurrence is simple:
+        options["recurrent_dropout_mask"] = tf.constant(rng.integers(0, 2, (BATCH, UNITS)) * 2.0)
+    cotangent = rng.normal(size=shape if return_sequences else (BATCH, UNITS))
+    states, gradients, λ = back_propagate(recurrence, arrays, cotangent, **options)
+    for name in ("simple_recurrence", "gated_recurrence"):
+        monkeypatch.setattr(sys.modules[__name__], name, getattr(as_on_a_gpu, name))
+    states_there, gradients_there, λ_there = back_propagate(
+        recurrence, arrays, cotangent, **options
+    )
+    pairs = zip([states, λ, *gradients], [states_there, λ_there, *gradients_there], strict=True)
+    for here, there in pairs:
+        assert relative_error(there, here) < 1e-13
+
+
+def test_scan_is_the_recurrence_step_by_step_and_looks_at_no_later_one(as_on_a_gpu):
+    rng = np.random.default_rng(0)
+    for steps in (1, 2, 3, 8, 21):
+        a, b = rng.normal(size=(2, steps, 5))
+        s = [rng.normal(size=5)]
+        for a_t, b_t in zip(a, b, strict=True):
+            s.append(a_t * s[-1] + b_t)
+        scanned = as_on_a_gpu._scan(*map(tf.constant, (a, b, s[0]))).numpy()
+        np.testing.assert_allclose(scanned, s, rtol=1e-12)
+        b[-1] = np.nan
+        before = as_on_a_gpu._scan(*map(tf.constant, (a, b, s[0]))).numpy()[:-1]
+        np.testing.assert_array_equal(before, scanned[:-1])
 
 
 def test_one_process_may_have_gated_recurrences_without_projection_of_any_sizes():

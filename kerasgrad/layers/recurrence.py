@@ -37,6 +37,11 @@ is kept, and ∂L/∂x, which takes a walk back of its own. And the examples of 
 before their gradients are summed: two cores take half of them each. λ, the quantity that vanishes
 or explodes, is there for the taking: `on_state_gradients` receives it, and `on_state_norms` its
 norms, which are taken chunk by chunk, so that λ need not be kept for them.
+
+A GPU waits for each launch of an operation, and not for its cache: there all steps are one chunk,
+and a round of the loop takes several steps. Where what is handed on depends linearly on what came,
+which is s_t with a linear Φ and λ_t of every gated recurrence, no loop over the steps is left: all
+are taken at once, in log_2 T passes.
 """
 
 from __future__ import annotations
@@ -198,7 +203,7 @@ def _simple_states(x, s_0, mask, dropout, U, W, activation, with_bias):
 
     def step(s, of_input):
         s = _dropped(tf.reshape(s, tf.shape(s_0)), dropout)
-        if _on_gpu():
+        if _on_gpu():  # A launch less at a step.
             return activation(of_input + _flat(s @ W))
         return activation(_flat(tf.concat([of_input, s], axis=1) @ U_W))
 
@@ -407,11 +412,11 @@ def _gated_backward(g, s, x, mask, kernels, activation):
             return to_earlier[t] * λ_t, λ_t
 
         if _on_gpu():
-            # With what a last step would pass on: λ_t = g_t + to_earlier_{t+1} ⊙ λ_{t+1}.
-            factor = tf.concat([to_earlier[1:], tf.ones_like(to_earlier[:1])], axis=0)
-            g_t = tf.zeros_like(slope) if upstream is None else upstream
-            λ = _scan(tf.reverse(factor, [0]), tf.reverse(g_t, [0]), from_later)
-            λ = tf.reverse(λ[1:], [0])
+            # λ_t = g_t + to_earlier_{t+1} ⊙ λ_{t+1}, from the last step, which has from_later.
+            a = tf.concat([to_earlier[1:], tf.ones_like(to_earlier[:1])], axis=0)
+            b = tf.zeros_like(a) if upstream is None else upstream
+            backwards = _scan(tf.reverse(a, [0]), tf.reverse(b, [0]), from_later)
+            λ = tf.reverse(backwards[1:], [0])
             from_later = to_earlier[0] * λ[0]
         else:
             from_later, λ = _through_steps(own, back, from_later, [_steps(steps, s)])
@@ -557,15 +562,21 @@ def _through_steps(own, back, from_later, arrays):
 # On a GPU
 
 
-# As measured.
+# With more a step is faster, but the first one, which compiles, slower: 4 and 64 were measured.
 STEPS_OF_A_ROUND = 16
 
 
 def _in_rounds(T, step, carried, count_given):
     """carried after T steps, and arrays of what the steps give: carried, *given = step(t, carried).
 
-    A GPU waits for every launch, and for the host at every end of a loop's round that cannot be
-    counted beforehand: several steps are a round, which writes what they give at once.
+    Several steps are a round, which writes what they give at once, and the rest are rounds of one.
+    XLA counts all rounds beforehand, upwards as they go, and so need not ask the host after each.
+
+    Args:
+        T: how many steps.
+        step: from t, from 0 to T - 1, and what is carried, to what is carried and what is given.
+        carried: one array of one axis; those given have its dtype, and one axis each.
+        count_given: how many are given.
     """
 
     def rounds(first, count, steps, carried):
@@ -594,21 +605,23 @@ def _in_rounds(T, step, carried, count_given):
 
 
 def _scan(a, b, s_0):
-    """s_0 to s_T of s_t = a_t ⊙ s_{t-1} + b_t in log_2 T passes over all steps (Kogge, Stone 1973).
+    """s_0 to s_T of s_t = a_t ⊙ s_{t-1} + b_t, all steps at once (Kogge and Stone 1973).
 
-    After each pass s_t is made of twice as many steps before t, and a_t is their product.
+    Each pass doubles how many steps back s_t reaches; a_t is the product of their factors. None
+    divides: the factors of closed gates may be 0.
     """
-    t = tf.range(tf.shape(a)[0])[:, tf.newaxis]
+    T = tf.shape(a)[0]
+    t = tf.range(T)
 
     def twice(reach, a, s):
         def before(array):
-            earlier = tf.gather(array, tf.maximum(t[:, 0] - reach, 0))
-            return tf.where(t < reach, tf.zeros_like(array), earlier)
+            earlier = tf.gather(array, tf.maximum(t - reach, 0))
+            return tf.where(t[:, tf.newaxis] < reach, tf.zeros_like(array), earlier)
 
         return 2 * reach, a * before(a), s + a * before(s)
 
-    s = tf.where(t == 0, a * s_0 + b, b)
-    s = tf.while_loop(lambda reach, *_: reach < tf.shape(a)[0], twice, (1, a, s))[2]
+    s = tf.concat([a[:1] * s_0 + b[:1], b[1:]], axis=0)
+    s = tf.while_loop(lambda reach, *_: reach < T, twice, (1, a, s))[2]
     return tf.concat([s_0[tf.newaxis], s], axis=0)
 
 

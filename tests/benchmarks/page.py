@@ -39,6 +39,8 @@ def tables() -> dict[str, str]:
         **{
             name: markdown(columns, map(row, of_layers[name]["rows"]))
             for name, (_, columns, row) in layers.TABLES.items()
+            # A GPU's is kept only where there is one.
+            if name != "gpu" or name in of_layers
         },
         **{
             benchmark.__name__: markdown(
