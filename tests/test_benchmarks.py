@@ -55,7 +55,6 @@ def test_table_of_a_gpu_needs_one(monkeypatch):
     with pytest.raises(SystemExit, match="needs a GPU"):
         next(layers.gpu(quick=True))
     monkeypatch.setattr(layers, "gpu_name", lambda: "the processor in its place")
-    monkeypatch.setattr(layers, "QUICK_GRID", [(2, 8, 10)])
     monkeypatch.setattr(layers, "SECONDS_A_TURN", 0.01)
     rows = list(layers.gpu(quick=True))
     names = [layers.fit_row(row)[0] for row in rows]

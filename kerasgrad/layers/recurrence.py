@@ -257,6 +257,15 @@ def _states(x, s_0, mask, of_inputs, step):
         step: from s_{t-1} and what step t needs to s_t.
     """
     T, units = tf.shape(x)[0], tf.shape(s_0)[1]
+
+    def after(s, t, needed, row):
+        s_t = step(s, *(array[row] for array in needed))
+        return s_t if mask is None else tf.where(tf.repeat(mask[t], units), s_t, s)
+
+    if _on_gpu():
+        needed = of_inputs(x)
+        _, s = _in_rounds(T, lambda t, s: [after(s, t, needed, t)] * 2, _flat(s_0), 1)
+        return tf.concat([_flat(s_0)[tf.newaxis], s], axis=0)
     steps = _steps_of_a_chunk(T, tf.size(s_0), GATES_NUMBERS)
 
     def through_chunk(chunk, states):
@@ -270,14 +279,6 @@ def _states(x, s_0, mask, of_inputs, step):
 
         return chunk + 1, tf.while_loop(lambda t, _: t < steps, body, (0, states))[1]
 
-    def after(s, t, needed, row):
-        s_t = step(s, *(array[row] for array in needed))
-        return s_t if mask is None else tf.where(tf.repeat(mask[t], units), s_t, s)
-
-    if _on_gpu():
-        needed = of_inputs(x)
-        s = _in_rounds(T, lambda t, s: [after(s, t, needed, t)] * 2, _flat(s_0), 1)[1]
-        return tf.concat([_flat(s_0)[tf.newaxis], s], axis=0)
     chunks = _chunks(T, steps)
     states = _steps(T + 1, s_0).write(0, _flat(s_0))
     return tf.while_loop(lambda chunk, _: chunk < chunks, through_chunk, (0, states))[1].stack()

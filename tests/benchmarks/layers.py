@@ -202,7 +202,7 @@ def in_fit(kind, ours, targets, grid, turns, products=None, fastest=fastest_mode
 
 
 FIT_GRID = list(itertools.product((2, 32), (32, 64, 128), (100, 400, 1600)))
-QUICK_GRID = list(itertools.product((2,), (8,), (10, 20)))
+QUICK_GRID = [(2, 8, 10)]
 FIT_COLUMNS = (
     "layer",
     "features",
