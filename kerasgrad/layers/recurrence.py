@@ -406,21 +406,9 @@ def _gated_backward(g, s, x, mask, kernels, activation):
             slope = tf.where(taken, slope, tf.zeros_like(slope))
             to_earlier = tf.where(taken, to_earlier, tf.ones_like(slope))
 
-        upstream = _upstream(g, start, steps)
-
-        def back(t, from_later):
-            λ_t = _plus_upstream(upstream, t, from_later)
-            return to_earlier[t] * λ_t, λ_t
-
-        if _on_gpu():
-            # λ_t = g_t + to_earlier_{t+1} ⊙ λ_{t+1}, from the last step, which has from_later.
-            a = tf.concat([to_earlier[1:], tf.ones_like(to_earlier[:1])], axis=0)
-            b = tf.zeros_like(a) if upstream is None else upstream
-            backwards = _scan(tf.reverse(a, [0]), tf.reverse(b, [0]), from_later)
-            λ = tf.reverse(backwards[1:], [0])
-            from_later = to_earlier[0] * λ[0]
-        else:
-            from_later, λ = _through_steps(own, back, from_later, [_steps(steps, s)])
+        from_later, λ = _through_elementwise_steps(
+            own, to_earlier, _upstream(g, start, steps), from_later, _steps(steps, s)
+        )
         δ = slope * λ
         dc = δ * i
         κ = [δ * _slice(s, start, steps) * f * (1 - f), dc * c * (1 - i), dc][: len(kernels)]
@@ -558,6 +546,23 @@ def _through_steps(own, back, from_later, arrays):
 
     from_later, *arrays = _from_last(own, body, from_later, *arrays)
     return from_later, *(array.stack() for array in arrays)
+
+
+def _through_elementwise_steps(own, to_earlier, upstream, from_later, array):
+    """As `_through_steps`, of λ alone, where step t hands on to_earlier_t ⊙ λ_t."""
+    if _on_gpu():
+        # λ_t = g_t + to_earlier_{t+1} ⊙ λ_{t+1}, from the last step, which has from_later.
+        a = tf.concat([to_earlier[1:], tf.ones_like(to_earlier[:1])], axis=0)
+        b = tf.zeros_like(a) if upstream is None else upstream
+        backwards = _scan(tf.reverse(a, [0]), tf.reverse(b, [0]), from_later)
+        λ = tf.reverse(backwards[1:], [0])
+        return to_earlier[0] * λ[0], λ
+
+    def back(t, from_later):
+        λ_t = _plus_upstream(upstream, t, from_later)
+        return to_earlier[t] * λ_t, λ_t
+
+    return _through_steps(own, back, from_later, [array])
 
 
 # On a GPU
