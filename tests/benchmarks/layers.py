@@ -101,13 +101,20 @@ def regression(layer, timesteps, features, **compile_options):
     return lambda steps: step_times(model, x, y, steps)
 
 
+def default_mode(kind, units, timesteps, features):
+    """As `keras_modes`, of the layer as `fit` runs it when nothing else is said."""
+    import keras
+
+    layer = getattr(keras.layers, kind)
+    return {"default": lambda: regression(layer(units), timesteps, features)}
+
+
 def keras_modes(kind, units, timesteps, features):
     """{mode: function that makes the model} of the ways to run Keras's layer."""
     import keras
 
     layer = getattr(keras.layers, kind)
-    modes = {
-        "default": lambda: regression(layer(units), timesteps, features),
+    modes = default_mode(kind, units, timesteps, features) | {
         "jit_compile": lambda: regression(layer(units), timesteps, features, jit_compile=True),
     }
     if unrolls_in_time(kind, timesteps):
@@ -145,10 +152,10 @@ def unrolled(kind, timesteps):
     return time.perf_counter() - start
 
 
-def fastest_mode(kind, units, timesteps, features):
-    """(name, its function from steps to seconds, {mode: seconds a step}) by a few steps of each."""
+def fastest_mode(modes):
+    """(name, its function from steps to seconds, {mode: seconds a step}) by some steps of each."""
     made, seconds = {}, {}
-    for mode, make in keras_modes(kind, units, timesteps, features).items():
+    for mode, make in modes.items():
         made[mode] = make()
         made[mode](1)
         first = made[mode](1)[0]
@@ -159,10 +166,11 @@ def fastest_mode(kind, units, timesteps, features):
     return best, made[best], seconds
 
 
-def in_fit(kind, ours, targets, grid, turns, products=None, fastest=fastest_mode):
-    """Rows of a table of layers in fit: `ours` is {name: units -> layer}, against Keras's kind.
+def in_fit(kind, targets, grid, turns, products=None, modes=keras_modes):
+    """Rows of a table of kerasgrad's layers in fit, against Keras's of this kind.
 
-    The grid is of features, units, timesteps; fastest(kind, units, timesteps, features) is Keras's.
+    The grid is of features, units, timesteps; modes(kind, units, timesteps, features) are the ways
+    to run Keras's.
 
     The rest of the step is the same model with the last x_T in place of the recurrent layer: what
     `fit`, the dense layer and the optimizer take, whatever the layer. products(units, timesteps,
@@ -170,8 +178,9 @@ def in_fit(kind, ours, targets, grid, turns, products=None, fastest=fastest_mode
     """
     import keras
 
+    ours = layers_beside(kind)
     for features, units, timesteps in grid:
-        mode, times, by_mode = fastest(kind, units, timesteps, features)
+        mode, times, by_mode = fastest_mode(modes(kind, units, timesteps, features))
         no_loop = keras.layers.Lambda(lambda sequences: sequences[:, -1])
         variants = {"keras": times, "rest": regression(no_loop, timesteps, features)}
         for name, make in ours.items():
@@ -233,29 +242,29 @@ def fit_row(row):
 
 
 def simple_rnn(quick):
-    import kerasgrad as kg
-
     def target(units, timesteps):
         return (2.5 if units == 128 else 3.0) if timesteps >= 400 else 1.0
 
-    ours = {"SimpleRNN": kg.layers.SimpleRNN}
-    yield from in_fit("SimpleRNN", ours, target, *grid_and_turns(quick))
+    yield from in_fit("SimpleRNN", target, *grid_and_turns(quick))
 
 
 def simplified_lstm(quick):
     def target(units, timesteps):
         return 10.0 if timesteps >= 1600 else 6.0 if timesteps >= 400 else 3.0
 
-    yield from in_fit("LSTM", gated_layers(), target, *grid_and_turns(quick), gate_products)
+    yield from in_fit("LSTM", target, *grid_and_turns(quick), gate_products)
 
 
 def grid_and_turns(quick):
     return (QUICK_GRID, 2) if quick else (FIT_GRID, 9)
 
 
-def gated_layers():
-    """{name: units -> layer}."""
+def layers_beside(kind):
+    """{name: units -> layer} of kerasgrad's that are compared with Keras's of this kind."""
     import kerasgrad as kg
+
+    if kind == "SimpleRNN":
+        return {"SimpleRNN": kg.layers.SimpleRNN}
 
     def make(activation):
         return lambda units: kg.layers.SimplifiedLSTM(units, activation, project_input=True)
@@ -311,22 +320,11 @@ def gate_products(units, timesteps, features):
 
 
 def gpu(quick):
-    import kerasgrad as kg
-
     if not gpu_name():
         sys.exit("The table `gpu` needs a GPU that TensorFlow sees, and there is none.")
     grid, turns = (QUICK_GRID, 2) if quick else (GPU_GRID, 5)
-    for kind, ours in (("SimpleRNN", {"SimpleRNN": kg.layers.SimpleRNN}), ("LSTM", gated_layers())):
-        yield from in_fit(kind, ours, lambda *_: None, grid, turns, fastest=as_fit_runs_it)
-
-
-def as_fit_runs_it(kind, units, timesteps, features):
-    """As `fastest_mode`, of the layer with its defaults alone."""
-    import keras
-
-    times = regression(getattr(keras.layers, kind)(units), timesteps, features)
-    times(1)
-    return "default", times, {"default": median(times(2))}
+    for kind in ("SimpleRNN", "LSTM"):
+        yield from in_fit(kind, lambda *_: None, grid, turns, modes=default_mode)
 
 
 GPU_GRID = [(32, 128, 100), (32, 128, 400), (32, 128, 1600), (32, 512, 400)]
