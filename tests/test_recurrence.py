@@ -18,6 +18,7 @@ from helpers import (
     relative_error,
 )
 
+from kerasgrad.layers import loops
 from kerasgrad.layers import recurrence as recurrence_module
 from kerasgrad.layers.recurrence import gated_recurrence, is_explicit, simple_recurrence
 
@@ -279,8 +280,8 @@ OUTPUTS = pytest.mark.parametrize(
 
 def assert_steps_of_a_chunk(steps, step, most):
     """Of 100; on a GPU they are all one."""
-    chunk = recurrence_module._steps_of_a_chunk(100, step, most)
-    assert chunk == (100 if recurrence_module._on_gpu() else steps)
+    chunk = loops.steps_of_a_chunk(100, step, most)
+    assert chunk == (100 if loops.on_gpu() else steps)
 
 
 @pytest.mark.parametrize("timesteps", [4, 11], ids="T={}".format)
@@ -292,7 +293,7 @@ def test_chunks_of_gated_steps_give_the_gradients_of_autodiff(
 ):
     batch, units = 64, 128
     # The batch is cut in two halves.
-    assert_steps_of_a_chunk(4, batch // 2 * units, recurrence_module.GATES_NUMBERS)
+    assert_steps_of_a_chunk(4, batch // 2 * units, loops.GATES_NUMBERS)
     rng = np.random.default_rng(timesteps)
     mask = tf.constant(rng.random((batch, timesteps)) < 0.7) if masked else None
     assert_gated_equals_autodiff(
@@ -302,12 +303,12 @@ def test_chunks_of_gated_steps_give_the_gradients_of_autodiff(
 
 @pytest.mark.parametrize("features, units", [(1, 16), (3, 64), (33, 128), (3, 160), (3, 700)])
 def test_as_many_examples_are_summed_up_as_make_a_product_that_is_not_cut(features, units):
-    examples = int(recurrence_module._examples_of_a_simple_chunk(features, units))
-    most = recurrence_module.UNCUT_MULTIPLICATIONS / ((features + units) * units)
+    examples = int(loops.examples_of_a_simple_chunk(features, units))
+    most = loops.UNCUT_MULTIPLICATIONS / ((features + units) * units)
     if most < 32:  # Cut, whatever the chunk.
-        assert examples == recurrence_module.SIMPLE_EXAMPLES
+        assert examples == loops.SIMPLE_EXAMPLES
     else:
-        assert examples == min(int(most), recurrence_module.SIMPLE_EXAMPLES)
+        assert examples == min(int(most), loops.SIMPLE_EXAMPLES)
 
 
 @pytest.mark.parametrize("timesteps, units, steps", [(8, 64, 8), (19, 64, 8), (19, 128, 2)])
@@ -318,7 +319,7 @@ def test_chunks_of_simple_steps_give_the_gradients_of_autodiff(
     timesteps, units, steps, masked, return_sequences, dropout
 ):
     batch = 64
-    examples = recurrence_module._examples_of_a_simple_chunk(4, units)  # The bias is one more.
+    examples = loops.examples_of_a_simple_chunk(4, units)  # The bias is one more.
     assert_steps_of_a_chunk(steps, batch // 2, examples)
     rng = np.random.default_rng(timesteps)
     mask = tf.constant(rng.random((batch, timesteps)) < 0.7) if masked else None
@@ -346,12 +347,10 @@ def test_chunks_of_simple_steps_give_the_gradients_of_autodiff(
 
 
 @pytest.fixture(scope="module")
-def as_on_a_gpu():
-    """The module as it is where TensorFlow has a GPU; what it compiles runs on any device."""
+def recurrence_traced_anew():
+    """The module once more: nothing that its functions have been compiled to before."""
     module = module_at(Path(recurrence_module.__file__))
     assert module is not recurrence_module
-    module._on_gpu = lambda: True
-    module.STEPS_OF_A_ROUND = 4
     return module
 
 
@@ -365,7 +364,7 @@ def as_on_a_gpu():
     ids=["simple", "gated, linear", "gated, tanh"],
 )
 def test_form_for_a_gpu_gives_the_same_numbers(
-    recurrence, activation, return_sequences, masked, timesteps, as_on_a_gpu, monkeypatch
+    recurrence, activation, return_sequences, masked, timesteps, recurrence_traced_anew, monkeypatch
 ):
     rng = np.random.default_rng(timesteps)
     shape = (timesteps, BATCH, UNITS)
@@ -380,8 +379,11 @@ def test_form_for_a_gpu_gives_the_same_numbers(
         options["recurrent_dropout_mask"] = tf.constant(rng.integers(0, 2, (BATCH, UNITS)) * 2.0)
     cotangent = rng.normal(size=shape if return_sequences else (BATCH, UNITS))
     states, gradients, λ = back_propagate(recurrence, arrays, cotangent, **options)
+    # What is compiled for a GPU runs on any device.
+    monkeypatch.setattr(loops, "on_gpu", lambda: True)
+    monkeypatch.setattr(loops, "STEPS_OF_A_ROUND", 4)
     for name in ("simple_recurrence", "gated_recurrence"):
-        monkeypatch.setattr(sys.modules[__name__], name, getattr(as_on_a_gpu, name))
+        monkeypatch.setattr(sys.modules[__name__], name, getattr(recurrence_traced_anew, name))
     states_there, gradients_there, λ_there = back_propagate(
         recurrence, arrays, cotangent, **options
     )
@@ -390,17 +392,17 @@ def test_form_for_a_gpu_gives_the_same_numbers(
         assert relative_error(there, here) < 1e-13
 
 
-def test_scan_is_the_recurrence_step_by_step_and_looks_at_no_later_one(as_on_a_gpu):
+def test_scan_is_the_recurrence_step_by_step_and_looks_at_no_later_one():
     rng = np.random.default_rng(0)
     for steps in (1, 2, 3, 8, 21):
         a, b = rng.normal(size=(2, steps, 5))
         s = [rng.normal(size=5)]
         for a_t, b_t in zip(a, b, strict=True):
             s.append(a_t * s[-1] + b_t)
-        scanned = as_on_a_gpu._scan(*map(tf.constant, (a, b, s[0]))).numpy()
+        scanned = loops.scan(*map(tf.constant, (a, b, s[0]))).numpy()
         np.testing.assert_allclose(scanned, s, rtol=1e-12)
         b[-1] = np.nan
-        before = as_on_a_gpu._scan(*map(tf.constant, (a, b, s[0]))).numpy()[:-1]
+        before = loops.scan(*map(tf.constant, (a, b, s[0]))).numpy()[:-1]
         np.testing.assert_array_equal(before, scanned[:-1])
 
 

@@ -31,17 +31,11 @@ steps at once, as many as a core's cache holds: forward, the gates; backward, th
 κ, and the chunk's part of ∂L/∂U and ∂L/∂W or of ∂L/∂K, after which δ and κ are forgotten. What is
 left to the loop over single steps is one product, by W or Wᵀ, and one pass over its result; as the
 gated A_t is diagonal, its steps are a pass alone, λ_{t-1} = g_{t-1} + f_t Φ'(a_t) λ_t. The loops
-are compiled by XLA, and each pass is over one long row, the numbers of every unit of every example,
-as vector instructions need. What nobody asks for is not computed: outputs before the last, a λ that
-is kept, and ∂L/∂x, which takes a walk back of its own. And the examples of a batch do not meet
-before their gradients are summed: two cores take half of them each. λ, the quantity that vanishes
-or explodes, is there for the taking: `on_state_gradients` receives it, and `on_state_norms` its
-norms, which are taken chunk by chunk, so that λ need not be kept for them.
-
-A GPU waits for each launch of an operation, and not for its cache: there all steps are one chunk,
-and a round of the loop takes several steps. Where what is handed on depends linearly on what came,
-which is s_t with a linear Φ and λ_t of every gated recurrence, no loop over the steps is left: all
-are taken at once, in log_2 T passes.
+themselves, and what a GPU does instead, are in loops.py. What nobody asks for is not computed:
+outputs before the last, a λ that is kept, and ∂L/∂x, which takes a walk back of its own. And the
+examples of a batch do not meet before their gradients are summed: two cores take half of them each.
+λ, the quantity that vanishes or explodes, is there for the taking: `on_state_gradients` has it, and
+`on_state_norms` its norms, which are taken chunk by chunk, so that λ need not be kept for them.
 """
 
 from __future__ import annotations
@@ -51,6 +45,8 @@ from collections.abc import Callable, Sequence
 import keras
 import tensorflow as tf
 
+from kerasgrad.layers import loops
+from kerasgrad.layers.loops import flat, rows, some_of
 from kerasgrad.norms import summed_norms
 
 # Φ' as a function of the output s = Φ(a): what lets the backward pass forget a.
@@ -198,16 +194,25 @@ def _simple_states(x, s_0, mask, dropout, U, W, activation, with_bias):
     x = _by_step(x, with_bias)
     U_W = tf.concat([U, W], axis=0)
 
-    def of_inputs(x):
-        return [tf.reshape(_rows(x) @ U, [tf.shape(x)[0], -1])] if _on_gpu() else [x]
+    def by_example(s):
+        return _dropped(tf.reshape(s, tf.shape(s_0)), dropout)
 
-    def step(s, of_input):
-        s = _dropped(tf.reshape(s, tf.shape(s_0)), dropout)
-        if _on_gpu():  # A launch less at a step.
-            return activation(of_input + _flat(s @ W))
-        return activation(_flat(tf.concat([of_input, s], axis=1) @ U_W))
+    if loops.on_gpu():
+        # x U of all steps ahead: a launch less at a step.
+        def of_inputs(x):
+            return [tf.reshape(rows(x) @ U, [tf.shape(x)[0], -1])]
 
-    return x, _states(x, s_0, mask, of_inputs, step)
+        def step(s, z_t):
+            return activation(z_t + flat(by_example(s) @ W))
+    else:
+        # x U and s W in one product: a pass less.
+        def of_inputs(x):
+            return [x]
+
+        def step(s, x_t):
+            return activation(flat(tf.concat([x_t, by_example(s)], axis=1) @ U_W))
+
+    return x, loops.forward(x, s_0, mask, of_inputs, step)
 
 
 @_compiled
@@ -222,13 +227,13 @@ def _gated_states(x, s_0, mask, kernels, activation, with_bias):
     def step(s, f, z):
         return activation(f * s + z)
 
-    if _on_gpu() and activation is keras.activations.linear:
+    if loops.on_gpu() and activation is keras.activations.linear:
         f, z = of_inputs(x)
         if mask is not None:
             taken = tf.repeat(mask, tf.shape(s_0)[1], axis=1)
             f, z = tf.where(taken, f, tf.ones_like(f)), tf.where(taken, z, tf.zeros_like(z))
-        return x, _scan(f, z, _flat(s_0))
-    return x, _states(x, s_0, mask, of_inputs, step)
+        return x, loops.scan(f, z, flat(s_0))
+    return x, loops.forward(x, s_0, mask, of_inputs, step)
 
 
 def _by_step(x, with_bias):
@@ -243,45 +248,10 @@ def _gates(x, kernels):
     steps, units = tf.shape(x)[0], tf.shape(K_f)[1]
 
     def product(K):
-        return tf.reshape(_rows(x) @ K, [steps, -1])
+        return tf.reshape(rows(x) @ K, [steps, -1])
 
     c = product(K_c[0]) if K_c else tf.reshape(x[..., :units], [steps, -1])
     return tf.sigmoid(product(K_f)), tf.sigmoid(product(K_i)), c
-
-
-def _states(x, s_0, mask, of_inputs, step):
-    """The forward loop: s_0 to s_T.
-
-    Args:
-        of_inputs: from x of some steps to a list of arrays, which hold what these steps need.
-        step: from s_{t-1} and what step t needs to s_t.
-    """
-    T, units = tf.shape(x)[0], tf.shape(s_0)[1]
-
-    def after(s, t, needed, row):
-        s_t = step(s, *(array[row] for array in needed))
-        return s_t if mask is None else tf.where(tf.repeat(mask[t], units), s_t, s)
-
-    if _on_gpu():
-        needed = of_inputs(x)
-        _, s = _in_rounds(T, lambda t, s: [after(s, t, needed, t)] * 2, _flat(s_0), 1)
-        return tf.concat([_flat(s_0)[tf.newaxis], s], axis=0)
-    steps = _steps_of_a_chunk(T, tf.size(s_0), GATES_NUMBERS)
-
-    def through_chunk(chunk, states):
-        # The last chunk is as long as the others, and begins within the one before.
-        start = tf.minimum(chunk * steps, T - steps)
-        needed = of_inputs(_slice(x, start, steps))
-
-        def body(t, states):
-            s = states.read(start + t)
-            return t + 1, states.write(start + t + 1, after(s, start + t, needed, t))
-
-        return chunk + 1, tf.while_loop(lambda t, _: t < steps, body, (0, states))[1]
-
-    chunks = _chunks(T, steps)
-    states = _steps(T + 1, s_0).write(0, _flat(s_0))
-    return tf.while_loop(lambda chunk, _: chunk < chunks, through_chunk, (0, states))[1].stack()
 
 
 # Backward. What the outputs alone pass to the states: g_1 to g_T, batch first, or None where only
@@ -293,22 +263,26 @@ def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, observed):
     """∂L/∂U and ∂L/∂W; ∂L/∂s_0; what is observed of λ."""
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(W)[0]
     backward = _simple_backward(g, s, mask, dropout, W, activation)
-    steps = _steps_of_a_chunk(T, batch, _examples_of_a_simple_chunk(features, units))
+    most = loops.examples_of_a_simple_chunk(features, units)
+    steps = loops.steps_of_a_chunk(T, batch, most)
 
-    def through_chunk(chunk, start, own, from_later, arrays, dU_W):
+    def through_chunk(start, own, from_later, dU_W):
         from_later, δ, λ = backward(start, steps, own, from_later)
-        λ = tf.reshape(λ, [steps, batch, units])
-        arrays = _with_chunk(arrays, chunk, own, _observed(λ, observed))
-        s_before = tf.reshape(_slice(s, start, steps), [steps, batch, units])
-        x_s = tf.concat([_slice(x, start, steps), _dropped(s_before, dropout)], axis=2)
+        s_before = tf.reshape(some_of(s, start, steps), [steps, batch, units])
+        x_s = tf.concat([some_of(x, start, steps), _dropped(s_before, dropout)], axis=2)
         dU_W += _sum_of_products(x_s, tf.reshape(δ, [-1, units]), dU_W.dtype)
-        return from_later, arrays, dU_W
+        return from_later, _observed(tf.reshape(λ, [steps, batch, units]), observed), dU_W
 
-    arrays = _arrays_by_chunk(_chunks(T, steps), _kinds_observed(observed, s))
-    dU_W = _zeros([features + units, units], s)
-    ds_0, arrays, dU_W = _by_chunks(T, steps, through_chunk, at_end, arrays, dU_W)
+    ds_0, of_λ, dU_W = loops.back_by_chunks(
+        T,
+        steps,
+        through_chunk,
+        _kinds_observed(observed, s),
+        at_end,
+        _zeros([features + units, units], s),
+    )
     dweights = tf.split(tf.cast(dU_W, s.dtype), [features, units])
-    return dweights, tf.reshape(ds_0, [batch, units]), [_of_steps(array, T) for array in arrays]
+    return dweights, tf.reshape(ds_0, [batch, units]), of_λ
 
 
 @_compiled
@@ -331,16 +305,16 @@ def _simple_backward(g, s, mask, dropout, W, activation):
         upstream = _upstream(g, start, steps)
 
         def back(t, from_later):
-            λ_t = _plus_upstream(upstream, t, from_later)
+            λ_t = loops.plus_upstream(upstream, t, from_later)
             δ_t = derivative(s[start + t + 1]) * λ_t
-            to_earlier = _flat(_dropped(tf.reshape(δ_t, [-1, units]) @ W_T, dropout))
+            to_earlier = flat(_dropped(tf.reshape(δ_t, [-1, units]) @ W_T, dropout))
             if mask is not None:
                 taken = tf.repeat(mask[start + t], units)
                 δ_t = tf.where(taken, δ_t, tf.zeros_like(δ_t))
                 to_earlier = tf.where(taken, to_earlier, λ_t)
             return to_earlier, δ_t, λ_t
 
-        return _through_steps(own, back, from_later, [_steps(steps, s), _steps(steps, s)])
+        return loops.back_through_steps(steps, own, back, from_later, count=2)
 
     return backward
 
@@ -350,24 +324,24 @@ def _gated_gradients(g, at_end, s, x, mask, kernels, activation, observed):
     """∂L/∂K of each kernel; ∂L/∂s_0; what is observed of λ."""
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(kernels[0])[1]
     backward = _gated_backward(g, s, x, mask, kernels, activation)
-    steps = _steps_of_a_chunk(T, batch * units, GATES_NUMBERS)
+    steps = loops.steps_of_a_chunk(T, batch * units, loops.GATES_NUMBERS)
 
-    def through_chunk(chunk, start, own, from_later, arrays, *dkernels):
+    def through_chunk(start, own, from_later, *dkernels):
         from_later, κ, _, λ = backward(start, steps, own, from_later)
-        λ = tf.reshape(λ, [steps, batch, units])
-        arrays = _with_chunk(arrays, chunk, own, _observed(λ, observed))
-        x_of_chunk = _slice(x, start, steps)
+        x_of_chunk = some_of(x, start, steps)
         dkernels = [
             dkernel + _sum_of_products(x_of_chunk, κ_of_kernel, dkernel.dtype)
             for dkernel, κ_of_kernel in zip(dkernels, κ, strict=True)
         ]
-        return from_later, arrays, *dkernels
+        of_λ = _observed(tf.reshape(λ, [steps, batch, units]), observed)
+        return from_later, of_λ, *dkernels
 
-    arrays = _arrays_by_chunk(_chunks(T, steps), _kinds_observed(observed, s))
     sums = [_zeros([features, units], s) for _ in kernels]
-    ds_0, arrays, *sums = _by_chunks(T, steps, through_chunk, at_end, arrays, *sums)
+    ds_0, of_λ, *sums = loops.back_by_chunks(
+        T, steps, through_chunk, _kinds_observed(observed, s), at_end, *sums
+    )
     dkernels = [tf.cast(dkernel, s.dtype) for dkernel in sums]
-    return dkernels, tf.reshape(ds_0, [batch, units]), [_of_steps(array, T) for array in arrays]
+    return dkernels, tf.reshape(ds_0, [batch, units]), of_λ
 
 
 @_compiled
@@ -375,19 +349,17 @@ def _gated_input_gradient(g, at_end, s, x, mask, kernels, activation):
     """∂L/∂x, by step."""
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(kernels[0])[1]
     backward = _gated_backward(g, s, x, mask, kernels, activation)
-    steps = _steps_of_a_chunk(T, batch * units, GATES_NUMBERS)
+    steps = loops.steps_of_a_chunk(T, batch * units, loops.GATES_NUMBERS)
 
-    def through_chunk(chunk, start, own, from_later, arrays):
+    def through_chunk(start, own, from_later):
         from_later, κ, dc, _ = backward(start, steps, own, from_later)
         dx = tf.add_n([κ @ tf.transpose(K) for κ, K in zip(κ, kernels, strict=True)])
         if len(kernels) == 2:
             dx += tf.pad(dc, [[0, 0], [0, features - units]])
-        dx = tf.reshape(dx, [steps, batch, features])
-        return from_later, _with_chunk(arrays, chunk, own, [dx])
+        return from_later, [tf.reshape(dx, [steps, batch, features])]
 
-    arrays = _arrays_by_chunk(_chunks(T, steps), [(s.dtype, 3)])
-    _, (dx,) = _by_chunks(T, steps, through_chunk, at_end, arrays)
-    return _of_steps(dx, T)
+    _, (dx,) = loops.back_by_chunks(T, steps, through_chunk, [(s.dtype, 3)], at_end)
+    return dx
 
 
 def _gated_backward(g, s, x, mask, kernels, activation):
@@ -398,20 +370,20 @@ def _gated_backward(g, s, x, mask, kernels, activation):
     derivative, units = DERIVATIVE_AT_OUTPUT[activation], tf.shape(kernels[0])[1]
 
     def backward(start, steps, own, from_later):
-        f, i, c = _gates(_slice(x, start, steps), kernels)
-        slope = derivative(_slice(s, start + 1, steps))
+        f, i, c = _gates(some_of(x, start, steps), kernels)
+        slope = derivative(some_of(s, start + 1, steps))
         to_earlier = f * slope
         if mask is not None:
-            taken = tf.repeat(_slice(mask, start, steps), units, axis=1)
+            taken = tf.repeat(some_of(mask, start, steps), units, axis=1)
             slope = tf.where(taken, slope, tf.zeros_like(slope))
             to_earlier = tf.where(taken, to_earlier, tf.ones_like(slope))
 
-        from_later, λ = _through_elementwise_steps(
-            own, to_earlier, _upstream(g, start, steps), from_later, _steps(steps, s)
+        from_later, λ = loops.back_through_elementwise_steps(
+            own, to_earlier, _upstream(g, start, steps), from_later
         )
         δ = slope * λ
         dc = δ * i
-        κ = [δ * _slice(s, start, steps) * f * (1 - f), dc * c * (1 - i), dc][: len(kernels)]
+        κ = [δ * some_of(s, start, steps) * f * (1 - f), dc * c * (1 - i), dc][: len(kernels)]
         *κ, dc = (tf.reshape(array, [-1, units]) for array in (*κ, dc))
         return from_later, κ, dc, λ
 
@@ -423,12 +395,7 @@ def _upstream(g, start, steps):
     if g is None:
         return None
     # Time comes first only here, in a chunk: of all steps it would be one more array of their size.
-    return tf.reshape(_swap(_slice(g, start, steps, axis=1)), [steps, -1])
-
-
-def _plus_upstream(upstream, t, from_later):
-    """λ_t."""
-    return from_later if upstream is None else upstream[t] + from_later
+    return tf.reshape(_swap(some_of(g, start, steps, axis=1)), [steps, -1])
 
 
 # What is observed of λ, as `_explicit` says: λ itself, its norms, both, or nothing.
@@ -446,214 +413,6 @@ def _kinds_observed(observed, s):
     return [(s.dtype, 3)] * with_λ + [(tf.float64, 1)] * with_norms
 
 
-# By chunks of steps
-
-
-# How large a chunk is at the most, as measured. With gates, so many numbers of each array: a core's
-# cache (1 MB) has to hold some ten of them. For the simple recurrence's sums, so many examples of
-# steps.
-GATES_NUMBERS, SIMPLE_EXAMPLES = 2**14, 2**8
-# A product of more multiplications TensorFlow cuts in two, for the other core, which has its own
-# share to do.
-UNCUT_MULTIPLICATIONS = 1_400_000
-
-
-def _examples_of_a_simple_chunk(features, units):
-    """How many examples of steps are summed up at once."""
-    uncut = UNCUT_MULTIPLICATIONS // ((features + units) * units)
-    # With so large weights that fewer are left, small products cost more than cut ones.
-    return tf.minimum(tf.where(uncut < 32, SIMPLE_EXAMPLES, uncut), SIMPLE_EXAMPLES)
-
-
-def _steps_of_a_chunk(T, step, most):
-    """How many of T steps, where one is so large, and a chunk may be so large."""
-    return T if _on_gpu() else tf.clip_by_value(most // tf.maximum(1, step), 1, T)
-
-
-def _chunks(T, steps):
-    """How many chunks of so many steps T steps are, the one that is not full among them."""
-    return (T - 1) // steps + 1
-
-
-def _by_chunks(T, steps, through_chunk, *carried):
-    """From the last chunk to the first: through_chunk(chunk, start, own, *carried) is carried on.
-
-    All chunks have as many steps, so that they are compiled once; of the first one's only so many
-    are its own, and the others, at its end, belong to the second.
-    """
-    if _on_gpu():
-        return through_chunk(0, 0, T, *carried)
-    chunks = _chunks(T, steps)
-
-    def body(chunk, *carried):
-        end = T - (chunks - 1 - chunk) * steps
-        start = tf.maximum(end - steps, 0)
-        return through_chunk(chunk, start, end - start, *carried)
-
-    return _from_last(chunks, body, *carried)
-
-
-def _arrays_by_chunk(chunks, kinds):
-    """An array for each (dtype, rank) of what a chunk's steps give, which a compiled loop fills."""
-    return [tf.TensorArray(dtype, chunks, element_shape=[None] * rank) for dtype, rank in kinds]
-
-
-def _with_chunk(arrays, chunk, own, values):
-    """The arrays with the values of a chunk's steps, of which so many are its own."""
-    # Its own last, so that those of all chunks follow each other.
-    return [
-        array.write(chunk, tf.roll(of_steps, tf.shape(of_steps)[0] - own, axis=0))
-        for array, of_steps in zip(arrays, values, strict=True)
-    ]
-
-
-def _of_steps(array, T):
-    """What such an array holds, of the T steps."""
-    values = array.stack()
-    return tf.reshape(values, [-1, *tf.unstack(tf.shape(values))[2:]])[-T:]
-
-
-def _from_last(count, body, *carried):
-    """carried = body(t, *carried) for t from count - 1 to 0."""
-
-    def body_of_loop(t, *carried):
-        after = body(t, *carried)
-        # Where one trace serves layers of several sizes, TensorFlow loses shapes on the way.
-        for old, new in zip(tf.nest.flatten(carried), tf.nest.flatten(after), strict=True):
-            if isinstance(new, tf.Tensor):
-                new.set_shape(old.shape)
-        return t - 1, *after
-
-    return tf.while_loop(lambda t, *_: t >= 0, body_of_loop, (count - 1, *carried))[1:]
-
-
-def _through_steps(own, back, from_later, arrays):
-    """The loop over a chunk's own steps: to what goes on to earlier ones, and the arrays filled.
-
-    Args:
-        back: from t and what comes from later steps to what goes on, and step t of each array.
-    """
-    if _on_gpu():
-        from_later, *backwards = _in_rounds(
-            own, lambda t, from_later: back(own - 1 - t, from_later), from_later, len(arrays)
-        )
-        return from_later, *(tf.reverse(array, [0]) for array in backwards)
-
-    def body(t, from_later, *arrays):
-        from_later, *of_step = back(t, from_later)
-        written = (array.write(t, value) for array, value in zip(arrays, of_step, strict=True))
-        return from_later, *written
-
-    from_later, *arrays = _from_last(own, body, from_later, *arrays)
-    return from_later, *(array.stack() for array in arrays)
-
-
-def _through_elementwise_steps(own, to_earlier, upstream, from_later, array):
-    """As `_through_steps`, of λ alone, where step t hands on to_earlier_t ⊙ λ_t."""
-    if _on_gpu():
-        # λ_t = g_t + to_earlier_{t+1} ⊙ λ_{t+1}, from the last step, which has from_later.
-        a = tf.concat([to_earlier[1:], tf.ones_like(to_earlier[:1])], axis=0)
-        b = tf.zeros_like(a) if upstream is None else upstream
-        backwards = _scan(tf.reverse(a, [0]), tf.reverse(b, [0]), from_later)
-        λ = tf.reverse(backwards[1:], [0])
-        return to_earlier[0] * λ[0], λ
-
-    def back(t, from_later):
-        λ_t = _plus_upstream(upstream, t, from_later)
-        return to_earlier[t] * λ_t, λ_t
-
-    return _through_steps(own, back, from_later, [array])
-
-
-# On a GPU
-
-
-# With more a step is faster, but the first one, which compiles, slower: 4 and 64 were measured.
-STEPS_OF_A_ROUND = 16
-
-
-def _in_rounds(T, step, carried, count_given):
-    """carried after T steps, and arrays of what the steps give: carried, *given = step(t, carried).
-
-    Several steps are a round, which writes what they give at once, and the rest are rounds of one.
-    XLA counts all rounds beforehand, upwards as they go, and so need not ask the host after each.
-
-    Args:
-        T: how many steps.
-        step: from t, from 0 to T - 1, and what is carried, to what is carried and what is given.
-        carried: one array of one axis; those given have its dtype, and one axis each.
-        count_given: how many are given.
-    """
-
-    def rounds(first, count, steps, carried):
-        def round_(n, carried, *arrays):
-            shape, given = carried.shape, []
-            for t in range(steps):
-                carried, *of_step = step(first + n * steps + t, carried)
-                given.append(of_step)
-            carried.set_shape(shape)
-            of_round = (tf.stack(of_step) for of_step in zip(*given, strict=True))
-            written = (array.write(n, of) for array, of in zip(arrays, of_round, strict=True))
-            return n + 1, carried, *written
-
-        # XLA does not compile what writes to an array of no rounds.
-        arrays = [
-            tf.TensorArray(carried.dtype, tf.maximum(count, 1), element_shape=[steps, None])
-            for _ in range(count_given)
-        ]
-        loop = tf.while_loop(lambda n, *_: n < count, round_, (0, carried, *arrays))
-        return loop[1], [_rows(array.stack())[: count * steps] for array in loop[2:]]
-
-    whole = T // STEPS_OF_A_ROUND
-    carried, given = rounds(0, whole, STEPS_OF_A_ROUND, carried)
-    carried, rest = rounds(whole * STEPS_OF_A_ROUND, T % STEPS_OF_A_ROUND, 1, carried)
-    return carried, *(tf.concat(parts, axis=0) for parts in zip(given, rest, strict=True))
-
-
-def _scan(a, b, s_0):
-    """s_0 to s_T of s_t = a_t ⊙ s_{t-1} + b_t, all steps at once (Kogge and Stone 1973).
-
-    Each pass doubles how many steps back s_t reaches; a_t is the product of their factors. None
-    divides: the factors of closed gates may be 0.
-    """
-    T = tf.shape(a)[0]
-    t = tf.range(T)
-
-    def twice(reach, a, s):
-        def before(array):
-            earlier = tf.gather(array, tf.maximum(t - reach, 0))
-            return tf.where(t[:, tf.newaxis] < reach, tf.zeros_like(array), earlier)
-
-        return 2 * reach, a * before(a), s + a * before(s)
-
-    s = tf.concat([a[:1] * s_0 + b[:1], b[1:]], axis=0)
-    s = tf.while_loop(lambda reach, *_: reach < T, twice, (1, a, s))[2]
-    return tf.concat([s_0[tf.newaxis], s], axis=0)
-
-
-def _steps(T, like):
-    """An array for T steps, which a compiled loop fills in place; 0 where it does not."""
-    return tf.TensorArray(like.dtype, T, element_shape=[None], clear_after_read=False)
-
-
-def _slice(array, start, steps, axis=0):
-    # Unlike array[start : start + steps], of a size that XLA can tell.
-    size = tf.unstack(tf.shape(array))
-    begin = [0] * len(size)
-    begin[axis], size[axis] = start, steps
-    return tf.slice(array, begin, size)
-
-
-def _flat(array):
-    return tf.reshape(array, [-1])
-
-
-def _rows(array):
-    """An array of vectors as a matrix of their rows."""
-    # Not array.shape[-1]: it is None once one trace serves layers of different sizes.
-    return tf.reshape(array, [-1, tf.shape(array)[-1]])
-
-
 def _swap(array):
     return tf.transpose(array, [1, 0, 2])
 
@@ -665,7 +424,7 @@ def _zeros(shape, like):
 
 def _sum_of_products(a, b, dtype):
     """Σ_t a_t b_tᵀ, over the examples too."""
-    return tf.cast(tf.matmul(_rows(a), _rows(b), transpose_a=True), dtype)
+    return tf.cast(tf.matmul(rows(a), rows(b), transpose_a=True), dtype)
 
 
 def _dropped(s, dropout):
@@ -727,7 +486,7 @@ def _explicit(functions, examples, weights, with_bias, return_sequences, observe
             if return_sequences:
                 upstream = constant_g, tf.zeros_like(s[0])
             else:
-                upstream = None, _flat(constant_g)
+                upstream = None, flat(constant_g)
             arguments = upstream, s, x, *masks, *weights
             dweights, ds_0, of_λ = _differentiable_once(
                 lambda: gradients(*arguments, observed=observed), [g, *tensors]
@@ -792,11 +551,7 @@ def _worth_sharing(batch, units):
     # As measured on two cores: of smaller layers, both halves take as long as the whole. Not by the
     # number of cores: a training gives the same numbers on one core as on two.
     large = units >= 32 and (batch is None or batch >= 32)
-    return large and not _on_gpu()
-
-
-def _on_gpu():
-    return bool(tf.config.list_logical_devices("GPU"))
+    return large and not loops.on_gpu()
 
 
 def _constants(tensors):

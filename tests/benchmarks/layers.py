@@ -281,7 +281,7 @@ def gate_products(units, timesteps, features):
     import numpy as np
     import tensorflow as tf
 
-    from kerasgrad.layers.recurrence import GATES_NUMBERS
+    from kerasgrad.layers.loops import GATES_NUMBERS
 
     examples = BATCH // 2
     rows = max(1, GATES_NUMBERS // (examples * units)) * examples
