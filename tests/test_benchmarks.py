@@ -13,6 +13,7 @@ from helpers import module_at
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 page = module_at(BENCHMARKS / "page.py")
+report_path = page.report_path
 
 
 def run(name, *options):
@@ -49,17 +50,15 @@ def test_quick_form_prints_its_table_and_keeps_the_figures(name, options, printe
     assert (BENCHMARKS / f"{name}.json").read_bytes() == kept
 
 
-def test_table_of_a_gpu_needs_one(monkeypatch):
+def test_on_a_gpu_keras_runs_as_fit_chooses_and_figures_have_a_place_of_their_own(monkeypatch):
     layers = page.layers
-    monkeypatch.setattr(layers, "gpu_name", lambda: None)
-    with pytest.raises(SystemExit, match="needs a GPU"):
-        next(layers.gpu(quick=True))
     monkeypatch.setattr(layers, "gpu_name", lambda: "the processor in its place")
     monkeypatch.setattr(layers, "SECONDS_A_TURN", 0.01)
-    rows = list(layers.gpu(quick=True))
-    names = [layers.fit_row(row)[0] for row in rows]
-    assert names == ["SimpleRNN", "SimplifiedLSTM", "SimplifiedLSTM, tanh"]
-    assert all(row["ms_a_step"] > row["rest_ms_a_step"] > 0 for row in rows)
+    (row,) = layers.simple_rnn(quick=True)
+    assert row["keras_mode"] == "default"
+    assert row["ms_a_step"] > row["rest_ms_a_step"] > 0
+    of_gpu, of_processor = (report_path(layers.__file__, on_gpu) for on_gpu in (True, False))
+    assert (of_gpu.name, of_processor.name) == ("layers_gpu.json", "layers.json")
 
 
 @pytest.mark.parametrize("name", ["callback", "layers", "memory"])

@@ -28,9 +28,10 @@ GATES_NUMBERS, SIMPLE_EXAMPLES = 2**14, 2**8
 # A product of more multiplications TensorFlow cuts in two, for the other core, which has its own
 # share to do.
 UNCUT_MULTIPLICATIONS = 1_400_000
-# Of a GPU. With more a step is faster, but the first one, which compiles, slower: 4 and 64 were
-# measured.
-STEPS_OF_A_ROUND = 16
+# How many steps a round of a GPU's loop takes, as measured. Of the simple recurrence each is two
+# launches in any case, and with more of them only compiling takes longer; a round of a gated one is
+# a single launch.
+SIMPLE_STEPS_OF_A_ROUND, GATED_STEPS_OF_A_ROUND = 4, 32
 
 
 def on_gpu() -> bool:
@@ -59,6 +60,7 @@ def forward(
     mask: tf.Tensor | None,
     of_inputs: Callable[[tf.Tensor], list[tf.Tensor]],
     step: Callable[..., tf.Tensor],
+    steps_of_a_round: int,
 ) -> tf.Tensor:
     """s_0 to s_T, (T + 1, numbers of a step).
 
@@ -68,6 +70,7 @@ def forward(
         mask: (T, examples) bool or None; False repeats the state.
         of_inputs: from x of some steps to a list of arrays, which hold what these steps need.
         step: from s_{t-1}, one row, and what step t needs of each array, to s_t.
+        steps_of_a_round: on a GPU.
     """
     T, units, s_0 = tf.shape(x)[0], tf.shape(s_0)[1], flat(s_0)
 
@@ -77,7 +80,7 @@ def forward(
 
     if on_gpu():
         needed = of_inputs(x)
-        _, s = _in_rounds(T, lambda t, s: [after(s, t, needed, t)] * 2, s_0, 1)
+        _, s = _in_rounds(T, steps_of_a_round, lambda t, s: [after(s, t, needed, t)] * 2, s_0, 1)
         return tf.concat([s_0[tf.newaxis], s], axis=0)
     steps = steps_of_a_chunk(T, tf.size(s_0), GATES_NUMBERS)
 
@@ -163,6 +166,7 @@ def back_through_steps(
     back: Callable[[tf.Tensor, tf.Tensor], tuple],
     from_later: tf.Tensor,
     count: int,
+    steps_of_a_round: int,
 ) -> tuple:
     """The loop over a chunk's own steps, from the last: what goes on to earlier ones, and arrays.
 
@@ -172,17 +176,23 @@ def back_through_steps(
         back: from t and what comes from later steps, one row, to what goes on, and step t of each
             array.
         count: how many arrays these are.
+        steps_of_a_round: on a GPU.
 
     Returns:
         What goes on from step 0, and each array, (steps, numbers of a step); 0 of those not its
         own.
     """
-    if on_gpu():
-        from_later, *backwards = _in_rounds(
-            own, lambda t, from_later: back(own - 1 - t, from_later), from_later, count
-        )
-        return from_later, *(tf.reverse(array, [0]) for array in backwards)
+    if not on_gpu():
+        return _back_one_by_one(steps, own, back, from_later, count)
 
+    def step(t, from_later):
+        return back(own - 1 - t, from_later)
+
+    from_later, *backwards = _in_rounds(own, steps_of_a_round, step, from_later, count)
+    return from_later, *(tf.reverse(array, [0]) for array in backwards)
+
+
+def _back_one_by_one(steps, own, back, from_later, count):
     def body(t, from_later, *arrays):
         from_later, *of_step = back(t, from_later)
         written = (array.write(t, value) for array, value in zip(arrays, of_step, strict=True))
@@ -214,7 +224,7 @@ def back_through_elementwise_steps(
         λ_t = plus_upstream(upstream, t, from_later)
         return to_earlier[t] * λ_t, λ_t
 
-    return back_through_steps(tf.shape(to_earlier)[0], own, back, from_later, 1)
+    return _back_one_by_one(tf.shape(to_earlier)[0], own, back, from_later, 1)
 
 
 def plus_upstream(upstream: tf.Tensor | None, t: tf.Tensor, from_later: tf.Tensor) -> tf.Tensor:
@@ -265,7 +275,7 @@ def scan(a: tf.Tensor, b: tf.Tensor, s_0: tf.Tensor) -> tf.Tensor:
     return tf.concat([s_0[tf.newaxis], s], axis=0)
 
 
-def _in_rounds(T, step, carried, count):
+def _in_rounds(T, steps_of_a_round, step, carried, count):
     """carried after T steps, and arrays of what the steps give: carried, *given = step(t, carried).
 
     Several steps are a round, which writes what they give at once, and the rest are rounds of one.
@@ -273,6 +283,7 @@ def _in_rounds(T, step, carried, count):
 
     Args:
         T: how many steps.
+        steps_of_a_round: how many are a round.
         step: from t, from 0 to T - 1, and what is carried, to what is carried and what is given.
         carried: one array of one axis; those given have its dtype, and one axis each.
         count: how many are given.
@@ -297,9 +308,9 @@ def _in_rounds(T, step, carried, count):
         loop = tf.while_loop(lambda n, *_: n < rounds, round_, (0, carried, *arrays))
         return loop[1], [rows(array.stack())[: rounds * steps] for array in loop[2:]]
 
-    whole = T // STEPS_OF_A_ROUND
-    carried, given = rounds(0, whole, STEPS_OF_A_ROUND, carried)
-    carried, rest = rounds(whole * STEPS_OF_A_ROUND, T % STEPS_OF_A_ROUND, 1, carried)
+    whole = T // steps_of_a_round
+    carried, given = rounds(0, whole, steps_of_a_round, carried)
+    carried, rest = rounds(whole * steps_of_a_round, T % steps_of_a_round, 1, carried)
     return carried, *(tf.concat(parts, axis=0) for parts in zip(given, rest, strict=True))
 
 

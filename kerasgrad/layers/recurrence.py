@@ -212,7 +212,7 @@ def _simple_states(x, s_0, mask, dropout, U, W, activation, with_bias):
         def step(s, x_t):
             return activation(flat(tf.concat([x_t, by_example(s)], axis=1) @ U_W))
 
-    return x, loops.forward(x, s_0, mask, of_inputs, step)
+    return x, loops.forward(x, s_0, mask, of_inputs, step, loops.SIMPLE_STEPS_OF_A_ROUND)
 
 
 @_compiled
@@ -233,7 +233,7 @@ def _gated_states(x, s_0, mask, kernels, activation, with_bias):
             taken = tf.repeat(mask, tf.shape(s_0)[1], axis=1)
             f, z = tf.where(taken, f, tf.ones_like(f)), tf.where(taken, z, tf.zeros_like(z))
         return x, loops.scan(f, z, flat(s_0))
-    return x, loops.forward(x, s_0, mask, of_inputs, step)
+    return x, loops.forward(x, s_0, mask, of_inputs, step, loops.GATED_STEPS_OF_A_ROUND)
 
 
 def _by_step(x, with_bias):
@@ -314,7 +314,9 @@ def _simple_backward(g, s, mask, dropout, W, activation):
                 to_earlier = tf.where(taken, to_earlier, λ_t)
             return to_earlier, δ_t, λ_t
 
-        return loops.back_through_steps(steps, own, back, from_later, count=2)
+        return loops.back_through_steps(
+            steps, own, back, from_later, 2, loops.SIMPLE_STEPS_OF_A_ROUND
+        )
 
     return backward
 

@@ -1,8 +1,9 @@
 """What GradientNorms costs a step of `fit`, beside a callback that computes the gradients again.
 
-    python tests/benchmarks/callback.py [--quick]
+    python tests/benchmarks/callback.py [--quick] [--turns 40]
 
-Prints a table and writes callback.json beside this file (--quick leaves the file alone). Each
+Prints a table and writes callback.json, or on a GPU callback_gpu.json, beside this file (--quick
+leaves the file alone). Each
 variant trains its own copy of the same model; the variants take turns, one epoch each, and a ratio
 is the median over the turns of (this variant's time) / (plain fit's time in the same turn). The
 first turns, which compile, do not count.
@@ -114,8 +115,9 @@ def shown(row):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few turns, to see that it runs")
-    quick = parser.parse_args().quick
-    turns, steps = (2, 20) if quick else (40, 100)
+    parser.add_argument("--turns", type=int, default=40)
+    arguments = parser.parse_args()
+    turns, steps = (2, 20) if arguments.quick else (arguments.turns, 100)
     table = Table(*COLUMNS)
     results = []
     for build, target in TARGETS.items():
@@ -133,7 +135,7 @@ def main():
             results.append(row)
             table.add_row(*shown(row))
     show(table)
-    if not quick:
+    if not arguments.quick:
         write_report(__file__, turns=turns, steps_a_turn=steps, results=results)
 
 

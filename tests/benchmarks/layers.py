@@ -3,6 +3,9 @@
     python tests/benchmarks/layers.py [--quick] [--only TABLE ...]
 
 Prints the tables and keeps them in layers.json beside this file (--quick leaves the file alone).
+Where TensorFlow has a GPU, that is what is measured, and kept in layers_gpu.json: fewer shapes, and
+beside Keras's layers as `fit` runs them there, SimpleRNN compiled by XLA and LSTM by cuDNN.
+
 What is compared takes turns in one process, and a ratio is the median over the turns of (the one's
 time) / (the other's time in the same turn). A turn is about 0.3 s of steps and counts with its
 median step, so that what else the machine does in between weighs little.
@@ -13,8 +16,6 @@ median step, so that what else the machine does in between weighs little.
     scaling          a step of `fit` as the sequences grow
     first_step       tracing and compiling, and whether it happens again
     import           `import kerasgrad` against `import keras`
-    gpu              on a GPU, if there is one: both layers in `fit`, against Keras's as `fit` runs
-                     them there, SimpleRNN compiled by XLA and LSTM by cuDNN
 """
 
 from __future__ import annotations
@@ -101,22 +102,15 @@ def regression(layer, timesteps, features, **compile_options):
     return lambda steps: step_times(model, x, y, steps)
 
 
-def default_mode(kind, units, timesteps, features):
-    """As `keras_modes`, of the layer as `fit` runs it when nothing else is said."""
-    import keras
-
-    layer = getattr(keras.layers, kind)
-    return {"default": lambda: regression(layer(units), timesteps, features)}
-
-
 def keras_modes(kind, units, timesteps, features):
     """{mode: function that makes the model} of the ways to run Keras's layer."""
     import keras
 
     layer = getattr(keras.layers, kind)
-    modes = default_mode(kind, units, timesteps, features) | {
-        "jit_compile": lambda: regression(layer(units), timesteps, features, jit_compile=True),
-    }
+    modes = {"default": lambda: regression(layer(units), timesteps, features)}
+    if gpu_name():
+        return modes
+    modes["jit_compile"] = lambda: regression(layer(units), timesteps, features, jit_compile=True)
     if unrolls_in_time(kind, timesteps):
         modes["unroll"] = lambda: regression(layer(units, unroll=True), timesteps, features)
     return modes
@@ -166,11 +160,8 @@ def fastest_mode(modes):
     return best, made[best], seconds
 
 
-def in_fit(kind, targets, grid, turns, products=None, modes=keras_modes):
+def in_fit(kind, targets, quick, products=None):
     """Rows of a table of kerasgrad's layers in fit, against Keras's of this kind.
-
-    The grid is of features, units, timesteps; modes(kind, units, timesteps, features) are the ways
-    to run Keras's.
 
     The rest of the step is the same model with the last x_T in place of the recurrent layer: what
     `fit`, the dense layer and the optimizer take, whatever the layer. products(units, timesteps,
@@ -179,17 +170,19 @@ def in_fit(kind, targets, grid, turns, products=None, modes=keras_modes):
     import keras
 
     ours = layers_beside(kind)
+    on_gpu = gpu_name() is not None
+    grid, turns = (QUICK_GRID, 2) if quick else (GPU_GRID, 5) if on_gpu else (FIT_GRID, 9)
     for features, units, timesteps in grid:
-        mode, times, by_mode = fastest_mode(modes(kind, units, timesteps, features))
+        mode, times, by_mode = fastest_mode(keras_modes(kind, units, timesteps, features))
         no_loop = keras.layers.Lambda(lambda sequences: sequences[:, -1])
         variants = {"keras": times, "rest": regression(no_loop, timesteps, features)}
         for name, make in ours.items():
             variants[name] = regression(make(units), timesteps, features)
-        if products is not None:
+        if products is not None and not on_gpu:
             variants["products"] = products(units, timesteps, features)
         taken = take_turns(variants, turns)
         floor = None
-        if products is not None:
+        if "products" in variants:
             floor = [sum(both) for both in zip(taken["rest"], taken["products"], strict=True)]
         for name in ours:
             speedup = ratio(taken["keras"], taken[name])
@@ -206,11 +199,13 @@ def in_fit(kind, targets, grid, turns, products=None, modes=keras_modes):
                 "keras_ms_by_mode": {name: 1e3 * value for name, value in by_mode.items()},
                 "times_faster": speedup["median"],
                 "quartiles": speedup["quartiles"],
-                "target": targets(units, timesteps),
+                "target": None if on_gpu else targets(units, timesteps),
             }
 
 
+# Features, units, timesteps.
 FIT_GRID = list(itertools.product((2, 32), (32, 64, 128), (100, 400, 1600)))
+GPU_GRID = [(32, 128, 400), (32, 128, 1600), (32, 512, 400)]
 QUICK_GRID = [(2, 8, 10)]
 FIT_COLUMNS = (
     "layer",
@@ -245,18 +240,14 @@ def simple_rnn(quick):
     def target(units, timesteps):
         return (2.5 if units == 128 else 3.0) if timesteps >= 400 else 1.0
 
-    yield from in_fit("SimpleRNN", target, *grid_and_turns(quick))
+    yield from in_fit("SimpleRNN", target, quick)
 
 
 def simplified_lstm(quick):
     def target(units, timesteps):
         return 10.0 if timesteps >= 1600 else 6.0 if timesteps >= 400 else 3.0
 
-    yield from in_fit("LSTM", target, *grid_and_turns(quick), gate_products)
-
-
-def grid_and_turns(quick):
-    return (QUICK_GRID, 2) if quick else (FIT_GRID, 9)
+    yield from in_fit("LSTM", target, quick, gate_products)
 
 
 def layers_beside(kind):
@@ -314,20 +305,6 @@ def gate_products(units, timesteps, features):
         return [of_half(x, K) for x in halves]
 
     return timed(lambda: both_halves(halves, K))
-
-
-# On a GPU
-
-
-def gpu(quick):
-    if not gpu_name():
-        sys.exit("The table `gpu` needs a GPU that TensorFlow sees, and there is none.")
-    grid, turns = (QUICK_GRID, 2) if quick else (GPU_GRID, 5)
-    for kind in ("SimpleRNN", "LSTM"):
-        yield from in_fit(kind, lambda *_: None, grid, turns, modes=default_mode)
-
-
-GPU_GRID = [(32, 128, 100), (32, 128, 400), (32, 128, 1600), (32, 512, 400)]
 
 
 # The recurrences alone
@@ -509,9 +486,8 @@ def scaling_row(row):
 
 
 def first_step(quick):
-    for kind, T in itertools.product(
-        ("SimpleRNN", "SimplifiedLSTM"), (10,) if quick else (100, 1600, 25600)
-    ):
+    lengths = (10,) if quick else (100, 1600) if gpu_name() else (100, 1600, 25600)
+    for kind, T in itertools.product(("SimpleRNN", "SimplifiedLSTM"), lengths):
         ours = in_its_own_process("first_steps", "kerasgrad", kind, T)
         keras_kind = {"SimplifiedLSTM": "LSTM"}.get(kind, kind)
         theirs = in_its_own_process("first_steps", "keras", keras_kind, T)
@@ -634,17 +610,16 @@ TABLES = {
     "scaling": (scaling, SCALING_COLUMNS, scaling_row),
     "first_step": (first_step, FIRST_STEP_COLUMNS, first_step_row),
     "import": (import_time, IMPORT_COLUMNS, import_row),
-    "gpu": (gpu, FIT_COLUMNS, fit_row),
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that it runs")
-    parser.add_argument("--only", nargs="+", choices=TABLES, help="by default all that can be had")
+    parser.add_argument("--only", nargs="+", choices=TABLES, help="by default all of them")
     arguments = parser.parse_args()
-    path = report_path(__file__)
-    for name in arguments.only or [name for name in TABLES if name != "gpu" or gpu_name()]:
+    path = report_path(__file__, on_gpu=gpu_name() is not None)
+    for name in arguments.only or TABLES:
         rows_of, columns, row = TABLES[name]
         start = time.perf_counter()
         rows = list(rows_of(arguments.quick))

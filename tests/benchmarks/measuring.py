@@ -103,11 +103,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report_path(script: str) -> Path:
-    """Where the figures of a benchmark are kept: a .json beside its file."""
-    return Path(script).with_suffix(".json")
+def report_path(script: str, on_gpu: bool) -> Path:
+    """Where the figures of a benchmark are kept: a .json beside its file, and one of a GPU's."""
+    path = Path(script)
+    return path.with_name(f"{path.stem}_gpu.json" if on_gpu else f"{path.stem}.json")
 
 
 def write_report(script: str, **contents: Any) -> None:
     """Keep the figures of a benchmark, with what they were measured on."""
-    report_path(script).write_text(json.dumps(machine() | contents, indent=2) + "\n")
+    path = report_path(script, on_gpu=gpu_name() is not None)
+    path.write_text(json.dumps(machine() | contents, indent=2) + "\n")

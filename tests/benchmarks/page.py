@@ -2,8 +2,9 @@
 
     python tests/benchmarks/page.py
 
-Puts layers.json, memory.json and callback.json into README.md: below each <!-- name --> the table
-of that name, with the cells that the benchmark prints.
+Puts layers.json, memory.json and callback.json into README.md, and those of a GPU: below each
+<!-- name -->, or <!-- name, GPU -->, the table of that name, with the cells that the benchmark
+prints.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from measuring import report_path
 PAGE = Path(__file__).with_name("README.md")
 
 
-def kept(benchmark) -> dict:
-    """The figures that a benchmark keeps."""
-    return json.loads(report_path(benchmark.__file__).read_text())
+def kept(benchmark, on_gpu: bool = False) -> dict:
+    """The figures that a benchmark keeps; nothing where it keeps none."""
+    path = report_path(benchmark.__file__, on_gpu)
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -34,21 +36,16 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def tables() -> dict[str, str]:
     """{name: table in Markdown} of the figures that are kept now."""
-    of_layers = kept(layers)
-    return {
-        **{
-            name: markdown(columns, map(row, of_layers[name]["rows"]))
-            for name, (_, columns, row) in layers.TABLES.items()
-            # A GPU's is kept only where there is one.
-            if name != "gpu" or name in of_layers
-        },
-        **{
-            benchmark.__name__: markdown(
-                benchmark.COLUMNS, map(benchmark.shown, kept(benchmark)["results"])
-            )
-            for benchmark in (memory, callback)
-        },
-    }
+    found = {}
+    for on_gpu, place in ((False, "{}"), (True, "{}, GPU")):
+        for name, report in kept(layers, on_gpu).items():
+            _, columns, row = layers.TABLES[name]
+            found[place.format(name)] = markdown(columns, map(row, report["rows"]))
+        for benchmark in (memory, callback):
+            if report := kept(benchmark, on_gpu):
+                rows = map(benchmark.shown, report["results"])
+                found[place.format(benchmark.__name__)] = markdown(benchmark.COLUMNS, rows)
+    return found
 
 
 def filled(text: str) -> str:
