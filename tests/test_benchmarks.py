@@ -61,11 +61,12 @@ def test_on_a_gpu_keras_runs_as_fit_chooses_and_figures_have_a_place_of_their_ow
     assert (of_gpu.name, of_processor.name) == ("layers_gpu.json", "layers.json")
 
 
-@pytest.mark.parametrize("name", ["callback", "layers", "memory"])
+@pytest.mark.parametrize("name", ["callback", "callback_gpu", "layers", "layers_gpu", "memory"])
 def test_kept_figures_say_what_they_were_measured_on(name):
     report = json.loads((BENCHMARKS / f"{name}.json").read_text())
-    for part in report.values() if name == "layers" else [report]:
+    for part in report.values() if name.startswith("layers") else [report]:
         assert {"python", "tensorflow", "keras", "cores"} <= set(part)
+        assert bool(part.get("gpu")) == name.endswith("_gpu")
 
 
 def test_tables_of_the_page_are_those_of_the_kept_figures():
@@ -85,3 +86,33 @@ def test_what_the_page_says_of_the_cells():
         rows = page.kept(page.layers)[name]["rows"]
         short = sum(row["times_faster"] < row["target"] for row in rows)
         assert f"{short} of these {len(rows)} cells are short of their targets" in text
+
+
+def test_what_the_readme_says_of_the_figures():
+    readme = " ".join((BENCHMARKS.parents[1] / "README.md").read_text(encoding="utf-8").split())
+
+    def times_faster(name, on_gpu=False):
+        rows = page.kept(page.layers, on_gpu)[name]["rows"]
+        return [row["times_faster"] for row in rows]
+
+    def percent_more(variant, on_gpu=False):
+        rows = page.kept(page.callback, on_gpu)["results"]
+        return {row["model"]: 100 * (row["ratio"] - 1) for row in rows if row["variant"] == variant}
+
+    def span(values):
+        # Two digits, as the sentence has.
+        return " to ".join(f"{value:.2g}" for value in (min(values), max(values)))
+
+    cost = percent_more("GradientNorms")
+    assert f"a Keras LSTM's step of 4.4 ms {cost['keras_lstm']:.1f} %" in readme
+    assert f"with a million weights {cost['feed_forward']:.0f} %" in readme
+    assert f"with ∂L/∂s_t, {cost['recurrent']:.0f} %" in readme
+    again = percent_more("recompute each batch").values()
+    assert f"again costs {min(again):.0f} to {max(again):.0f} %" in readme
+    assert f"SimpleRNN there takes {span(times_faster('simple_rnn'))} times less" in readme
+    assert f"SimplifiedLSTM {span(times_faster('simplified_lstm'))} times less" in readme
+    there = percent_more("GradientNorms", on_gpu=True).values()
+    assert f"recording cost {min(there):.0f} to {max(there):.0f} %" in readme
+    names = "simple_rnn", "simplified_lstm"
+    faster = [ratio for name in names for ratio in times_faster(name, on_gpu=True)]
+    assert f"took {span(faster)} times less than Keras's there" in readme
