@@ -36,7 +36,14 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kerasgrad.layers import IRNN, SimpleRNN, SimplifiedLSTM, SimplifiedLSTMCell, recurrence
+from kerasgrad.layers import (
+    IRNN,
+    SimpleRNN,
+    SimplifiedLSTM,
+    SimplifiedLSTMCell,
+    explicit_gradient,
+    recurrence,
+)
 
 _OF_THE_CELL = ("activation", "use_bias", "forget_bias", "dtype", "trainable")
 
@@ -78,7 +85,7 @@ def for_kinds(names, simple_rnn, simplified_lstm):
 @pytest.fixture
 def two_shares(monkeypatch):
     """The batch is cut in two, as that of a larger layer is."""
-    monkeypatch.setattr(recurrence, "_worth_sharing", lambda batch, units: True)
+    monkeypatch.setattr(explicit_gradient, "_worth_sharing", lambda batch, units: True)
 
 
 def sequences(batch=BATCH, dtype="float32", seed=21):
@@ -418,7 +425,7 @@ def test_explicit_recurrence_equals_the_unrolled_cell(
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recurrence, "_worth_sharing", lambda batch, units: two_shares)
+        patch.setattr(explicit_gradient, "_worth_sharing", lambda batch, units: two_shares)
         λ = state_gradients_through(layer, step)
     if not return_sequences:
         expected_outputs = expected_outputs[:, -1]
@@ -432,7 +439,7 @@ def test_explicit_recurrence_equals_the_unrolled_cell(
     ("kind", "shared"), [("SimpleRNN", False), ("SimpleRNN", True), ("SimplifiedLSTM", True)]
 )
 def test_state_gradients_of_a_model_inside_fit_are_the_unrolled_ones(kind, shared, monkeypatch):
-    monkeypatch.setattr(recurrence, "_worth_sharing", lambda batch, units: shared)
+    monkeypatch.setattr(explicit_gradient, "_worth_sharing", lambda batch, units: shared)
     x = sequences(batch=8)
     y = np.random.default_rng(24).normal(size=(8, 1)).astype("float32")
     rnn = OURS[kind]()
@@ -493,7 +500,8 @@ def test_fit_gives_the_losses_that_keras_gives(kind, options):
 def test_a_layer_is_traced_once_for_all_batches_and_epochs(kind, two_shares):
     functions = [
         function
-        for function in vars(recurrence).values()
+        for module in (recurrence, explicit_gradient)
+        for function in vars(module).values()
         if hasattr(function, "experimental_get_tracing_count")
     ]
     assert len(functions) == 7

@@ -22,6 +22,11 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+# Compiled apart from the model around them: under XLA these loops write their results in place,
+# which the same loops in a plain graph do not. (Of a tensor's argument that has a Greek name,
+# TensorFlow warns.)
+compiled = tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
+
 # How large a chunk is at the most, as measured. With gates, so many numbers of each array: a core's
 # cache (1 MB) has to hold some ten of them. For the simple recurrence's sums, so many examples of
 # steps.
@@ -329,6 +334,11 @@ def some_of(array: tf.Tensor, start: tf.Tensor, steps: tf.Tensor, axis: int = 0)
 def flat(array: tf.Tensor) -> tf.Tensor:
     """All numbers of an array in one row."""
     return tf.reshape(array, [-1])
+
+
+def swap(array: tf.Tensor) -> tf.Tensor:
+    """Batch first, where time was, or time first again."""
+    return tf.transpose(array, [1, 0, 2])
 
 
 def rows(array: tf.Tensor) -> tf.Tensor:

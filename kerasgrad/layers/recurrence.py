@@ -46,7 +46,8 @@ import keras
 import tensorflow as tf
 
 from kerasgrad.layers import loops
-from kerasgrad.layers.loops import flat, rows, some_of
+from kerasgrad.layers.explicit_gradient import as_tensors, with_explicit_gradient
+from kerasgrad.layers.loops import compiled, flat, rows, some_of, swap
 from kerasgrad.norms import summed_norms
 
 # Φ' as a function of the output s = Φ(a): what lets the backward pass forget a.
@@ -112,7 +113,7 @@ def simple_recurrence(
     def input_gradient(upstream, s, x, mask, dropout, U, W):
         return _simple_input_gradient(*upstream, s, x, mask, dropout, U, W, activation)
 
-    return _explicit(
+    return with_explicit_gradient(
         (states, gradients, input_gradient),
         (x, initial_state, mask, recurrent_dropout_mask),
         (kernel, recurrent_kernel),
@@ -160,7 +161,7 @@ def gated_recurrence(
     def input_gradient(upstream, s, x, mask, _, *kernels):
         return _gated_input_gradient(*upstream, s, x, mask, kernels, activation)
 
-    return _explicit(
+    return with_explicit_gradient(
         (states, gradients, input_gradient),
         (x, initial_state, mask, None),
         kernels,
@@ -170,25 +171,20 @@ def gated_recurrence(
     )
 
 
-# Compiled apart from the model around them: under XLA these loops write their results in place,
-# which the same loops in a plain graph do not. (Of a tensor's argument that has a Greek name,
-# TensorFlow warns.) In all of them time comes first, and the numbers of a step, those of every unit
-# of every example, are one row: a pass over many short rows XLA vectorizes badly or not at all.
-_compiled = tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
-
-
-@_compiled
-def _by_example(shares, s_0):
-    """(batch, timesteps, units), from s_0 to s_T of each share of the batch."""
-    units = tf.shape(s_0)[1]
-    shares = [tf.reshape(s[1:], [tf.shape(s)[0] - 1, -1, units]) for s in shares]
-    return _swap(tf.concat(shares, axis=1))
+def _with_biases(kernels, biases):
+    """The kernels with the weights of the constant input 1; those of a last one are 0."""
+    biases = as_tensors(biases)
+    biases += [tf.zeros_like(biases[0])] * (len(kernels) - len(biases))
+    return [
+        tf.concat([kernel, bias[tf.newaxis]], axis=0)
+        for kernel, bias in zip(as_tensors(kernels), biases, strict=True)
+    ]
 
 
 # Forward, from x batch first
 
 
-@_compiled
+@compiled
 def _simple_states(x, s_0, mask, dropout, U, W, activation, with_bias):
     """x by step, and s_0 to s_T."""
     x = _by_step(x, with_bias)
@@ -215,7 +211,7 @@ def _simple_states(x, s_0, mask, dropout, U, W, activation, with_bias):
     return x, loops.forward(x, s_0, mask, of_inputs, step, loops.SIMPLE_STEPS_OF_A_ROUND)
 
 
-@_compiled
+@compiled
 def _gated_states(x, s_0, mask, kernels, activation, with_bias):
     """x by step, and s_0 to s_T."""
     x = _by_step(x, with_bias)
@@ -238,7 +234,7 @@ def _gated_states(x, s_0, mask, kernels, activation, with_bias):
 
 def _by_step(x, with_bias):
     """(timesteps, batch, features); with a bias, 1 is the last feature."""
-    x = _swap(x)
+    x = swap(x)
     return tf.pad(x, [[0, 0], [0, 0], [0, 1]], constant_values=1) if with_bias else x
 
 
@@ -258,7 +254,7 @@ def _gates(x, kernels):
 # the last state is an output, and what the loop starts from, 0 or ∂L/∂s_T.
 
 
-@_compiled
+@compiled
 def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, observed):
     """∂L/∂U and ∂L/∂W; ∂L/∂s_0; what is observed of λ."""
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(W)[0]
@@ -285,7 +281,7 @@ def _simple_gradients(g, at_end, s, x, mask, dropout, W, activation, observed):
     return dweights, tf.reshape(ds_0, [batch, units]), of_λ
 
 
-@_compiled
+@compiled
 def _simple_input_gradient(g, at_end, s, x, mask, dropout, U, W, activation):
     """∂L/∂x, by step."""
     backward, T = _simple_backward(g, s, mask, dropout, W, activation), tf.shape(x)[0]
@@ -321,7 +317,7 @@ def _simple_backward(g, s, mask, dropout, W, activation):
     return backward
 
 
-@_compiled
+@compiled
 def _gated_gradients(g, at_end, s, x, mask, kernels, activation, observed):
     """∂L/∂K of each kernel; ∂L/∂s_0; what is observed of λ."""
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(kernels[0])[1]
@@ -346,7 +342,7 @@ def _gated_gradients(g, at_end, s, x, mask, kernels, activation, observed):
     return dkernels, tf.reshape(ds_0, [batch, units]), of_λ
 
 
-@_compiled
+@compiled
 def _gated_input_gradient(g, at_end, s, x, mask, kernels, activation):
     """∂L/∂x, by step."""
     (T, batch, features), units = tf.unstack(tf.shape(x)), tf.shape(kernels[0])[1]
@@ -397,10 +393,10 @@ def _upstream(g, start, steps):
     if g is None:
         return None
     # Time comes first only here, in a chunk: of all steps it would be one more array of their size.
-    return tf.reshape(_swap(some_of(g, start, steps, axis=1)), [steps, -1])
+    return tf.reshape(swap(some_of(g, start, steps, axis=1)), [steps, -1])
 
 
-# What is observed of λ, as `_explicit` says: λ itself, its norms, both, or nothing.
+# What is observed of λ, as `with_explicit_gradient` says: λ itself, its norms, both, or nothing.
 
 
 def _observed(λ, observed):
@@ -415,10 +411,6 @@ def _kinds_observed(observed, s):
     return [(s.dtype, 3)] * with_λ + [(tf.float64, 1)] * with_norms
 
 
-def _swap(array):
-    return tf.transpose(array, [1, 0, 2])
-
-
 def _zeros(shape, like):
     # In 16 bits a sum over many chunks would lose what a single product keeps.
     return tf.zeros(shape, tf.float32 if like.dtype.size < 4 else like.dtype)
@@ -431,153 +423,3 @@ def _sum_of_products(a, b, dtype):
 
 def _dropped(s, dropout):
     return s if dropout is None else s * dropout
-
-
-# As TensorFlow is to see it
-
-
-def _with_biases(kernels, biases):
-    """The kernels with the weights of the constant input 1; those of a last one are 0."""
-    biases = _tensors(biases)
-    biases += [tf.zeros_like(biases[0])] * (len(kernels) - len(biases))
-    return [
-        tf.concat([kernel, bias[tf.newaxis]], axis=0)
-        for kernel, bias in zip(_tensors(kernels), biases, strict=True)
-    ]
-
-
-def _tensors(values):
-    # A custom gradient keeps a variable as it is, and would read it in the backward pass, when a
-    # stateful layer has already put the new state there.
-    return [tf.convert_to_tensor(value) for value in values]
-
-
-def _explicit(functions, examples, weights, with_bias, return_sequences, observers):
-    """The recurrence whose compiled functions are given, as TensorFlow is to see it.
-
-    Args:
-        functions: for a share of the examples, time first but in g, and in what goes into states:
-            states(x, s_0, mask, dropout, *weights, with_bias=) is x by step, and s_0 to s_T;
-            gradients((g, at_end), s, x, mask, dropout, *weights, observed=) is [∂L/∂weight of
-            each]; ∂L/∂s_0; and a list of what is observed, where the pair `observed` says True:
-            λ_1 to λ_T, (timesteps, examples, units), and the sums over the examples of their norms,
-            (timesteps,);
-            input_gradient((g, at_end), s, x, mask, dropout, *weights) is ∂L/∂x.
-        examples: x, s_0, and the two masks or None; batch first.
-        weights: the kernels' last feature is the bias, if with_bias.
-        return_sequences: as in `simple_recurrence`.
-        observers: its on_state_gradients and on_state_norms.
-    """
-    states, gradients, input_gradient = functions
-    x, s_0, *masks = examples
-    x, s_0, *weights = _tensors([x, s_0, *weights])
-    batch, timesteps, _ = x.shape
-    units = s_0.shape[1]
-    on_state_gradients, on_state_norms = observers
-    observed = on_state_gradients is not None, on_state_norms is not None
-
-    def of_share(x, s_0, mask, dropout, weights):
-        """The states of a share of the batch, and the function from g of its outputs to others."""
-        tensors = [x, s_0, *weights]
-        x, s_0, *weights = _constants(tensors)
-        masks = None if mask is None else tf.transpose(mask), dropout
-        x, s = states(x, s_0, *masks, *weights, with_bias=with_bias)
-
-        def gradient(g):
-            (constant_g,) = _constants([g])
-            if return_sequences:
-                upstream = constant_g, tf.zeros_like(s[0])
-            else:
-                upstream = None, flat(constant_g)
-            arguments = upstream, s, x, *masks, *weights
-            dweights, ds_0, of_λ = _differentiable_once(
-                lambda: gradients(*arguments, observed=observed), [g, *tensors]
-            )
-            # A function of its own: TensorFlow leaves it out where nobody asks for ∂L/∂x.
-            dx = _swap(_differentiable_once(lambda: input_gradient(*arguments), [g, *tensors]))
-            return dx[..., :-1] if with_bias else dx, ds_0, dweights, of_λ
-
-        return s, gradient
-
-    @tf.custom_gradient
-    def recurrence(x, s_0, *weights):
-        shares = [of_share(*share, weights) for share in _shares(s_0, x, s_0, *masks)]
-        states = [s for s, _ in shares]
-        if return_sequences:
-            outputs = _by_example(states, *_constants([s_0]))
-        else:
-            outputs = tf.concat([tf.reshape(s[-1], [-1, units]) for s in states], axis=0)
-
-        def gradient(g):
-            parts = [
-                gradient(g) for (g,), (_, gradient) in zip(_shares(s_0, g), shares, strict=True)
-            ]
-            dx, ds_0, dweights, of_λ = zip(*parts, strict=True)
-            if on_state_gradients is not None:
-                on_state_gradients([_of_shape(λ, [timesteps, None, units]) for λ, *_ in of_λ])
-            if on_state_norms is not None:
-                norms = tf.add_n([norms for *_, norms in of_λ]) / tf.cast(
-                    tf.shape(s_0)[0], tf.float64
-                )
-                on_state_norms(_of_shape(norms, [timesteps]))
-            dweights = [tf.add_n(parts) for parts in zip(*dweights, strict=True)]
-            inputs, dinputs = [x, s_0, *weights], [tf.concat(dx, 0), tf.concat(ds_0, 0), *dweights]
-            return [_of_shape(d, input.shape) for d, input in zip(dinputs, inputs, strict=True)]
-
-        shape = [batch, timesteps, units] if return_sequences else [batch, units]
-        return _of_shape(outputs, shape), gradient
-
-    return recurrence(x, s_0, *weights)
-
-
-def _of_shape(tensor, shape):
-    # One trace of a compiled function serves layers of different sizes, and does not know this
-    # one's.
-    tensor.set_shape(shape)
-    return tensor
-
-
-def _shares(s_0, *arrays):
-    """The arrays, cut along the batch into the shares that run side by side."""
-    batch, units = s_0.shape
-    if not _worth_sharing(batch, units):
-        return [arrays]
-    half = (tf.shape(s_0)[0] if batch is None else batch) // 2
-    return [
-        [None if array is None else array[share] for array in arrays]
-        for share in (slice(None, half), slice(half, None))
-    ]
-
-
-def _worth_sharing(batch, units):
-    # As measured on two cores: of smaller layers, both halves take as long as the whole. Not by the
-    # number of cores: a training gives the same numbers on one core as on two.
-    large = units >= 32 and (batch is None or batch >= 32)
-    return large and not loops.on_gpu()
-
-
-def _constants(tensors):
-    # An eager tape would otherwise record the compiled loop itself and ask XLA for a list of its
-    # intermediate tensors, which it cannot hand out.
-    return [tf.stop_gradient(tensor) for tensor in tensors]
-
-
-def _differentiable_once(function, tensors):
-    """function(), with an error where a second derivative would come out wrong.
-
-    That is, where somebody asks for the derivative of its result by one of the tensors.
-    """
-
-    @tf.custom_gradient
-    def guarded(*_):
-        def second_derivative(*_):
-            raise ValueError(
-                "kerasgrad's recurrent layers are differentiable once, and a second derivative "
-                "(a gradient penalty, a Hessian) or a forward-mode one was asked for. Use "
-                "keras.layers.SimpleRNN, or keras.layers.RNN around the kerasgrad cell, in this "
-                "model: both take the same weights."
-            )
-
-        return function(), second_derivative
-
-    return guarded(*tensors)
