@@ -13,7 +13,6 @@ from helpers import module_at
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 page = module_at(BENCHMARKS / "page.py")
-report_path = page.report_path
 
 
 def run(name, *options):
@@ -53,12 +52,20 @@ def test_quick_form_prints_its_table_and_keeps_the_figures(name, options, printe
 def test_on_a_gpu_keras_runs_as_fit_chooses_and_figures_have_a_place_of_their_own(monkeypatch):
     layers = page.layers
     monkeypatch.setattr(layers, "gpu_name", lambda: "the processor in its place")
-    monkeypatch.setattr(layers, "SECONDS_A_TURN", 0.01)
+    seconds = {"keras": 0.004, "rest": 0.001, "SimpleRNN": 0.002}
+
+    def take_turns(variants, turns):
+        assert all(taken > 0 for times in variants.values() for taken in times(1))
+        return {name: turns * [seconds[name]] for name in variants}
+
+    # In place of what a clock says: no test asserts a time.
+    monkeypatch.setattr(layers, "take_turns", take_turns)
     (row,) = layers.simple_rnn(quick=True)
     assert row["keras_mode"] == "default"
     assert row["ms_a_step"] > row["rest_ms_a_step"] > 0
-    of_gpu, of_processor = (report_path(layers.__file__, on_gpu) for on_gpu in (True, False))
-    assert (of_gpu.name, of_processor.name) == ("layers_gpu.json", "layers.json")
+    assert (row["ms_a_step"], row["rest_ms_a_step"], row["times_faster"]) == (2, 1, 2)
+    for on_gpu, name in ((True, "layers_gpu.json"), (False, "layers.json")):
+        assert page.report_path(layers.__file__, on_gpu).name == name
 
 
 @pytest.mark.parametrize("name", ["callback", "callback_gpu", "layers", "layers_gpu", "memory"])
@@ -78,6 +85,18 @@ def test_a_table_whose_place_is_gone_is_missed():
     text = page.PAGE.read_text(encoding="utf-8").replace("<!-- scaling -->\n", "")
     with pytest.raises(ValueError, match="no line <!-- scaling -->"):
         page.filled(text)
+
+
+def test_a_table_that_is_not_kept_is_missed_but_of_a_gpu(monkeypatch):
+    kept = page.kept
+
+    def without_scaling(benchmark, on_gpu=False):
+        return {name: part for name, part in kept(benchmark, on_gpu).items() if name != "scaling"}
+
+    assert "scaling" in page.tables() and "scaling, GPU" not in page.tables()
+    monkeypatch.setattr(page, "kept", without_scaling)
+    with pytest.raises(KeyError, match="scaling"):
+        page.tables()
 
 
 def test_what_the_page_says_of_the_cells():

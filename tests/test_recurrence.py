@@ -381,7 +381,8 @@ def test_form_for_a_gpu_gives_the_same_numbers(
     states, gradients, λ = back_propagate(recurrence, arrays, cotangent, **options)
     # What is compiled for a GPU runs on any device.
     monkeypatch.setattr(loops, "on_gpu", lambda: True)
-    monkeypatch.setattr(loops, "GATED_STEPS_OF_A_ROUND", 4)
+    for name in ("SIMPLE_STEPS_OF_A_ROUND", "GATED_STEPS_OF_A_ROUND"):
+        monkeypatch.setattr(loops, name, 4)
     for name in ("simple_recurrence", "gated_recurrence"):
         monkeypatch.setattr(sys.modules[__name__], name, getattr(recurrence_traced_anew, name))
     states_there, gradients_there, λ_there = back_propagate(

@@ -294,7 +294,7 @@ def _in_rounds(T, steps_of_a_round, step, carried, count):
         count: how many are given.
     """
 
-    def rounds(first, rounds, steps, carried):
+    def rounds(first, number, steps, carried):
         def round_(n, carried, *arrays):
             shape, given = carried.shape, []
             for t in range(steps):
@@ -307,11 +307,11 @@ def _in_rounds(T, steps_of_a_round, step, carried, count):
 
         # XLA does not compile what writes to an array of no rounds.
         arrays = [
-            tf.TensorArray(carried.dtype, tf.maximum(rounds, 1), element_shape=[steps, None])
+            tf.TensorArray(carried.dtype, tf.maximum(number, 1), element_shape=[steps, None])
             for _ in range(count)
         ]
-        loop = tf.while_loop(lambda n, *_: n < rounds, round_, (0, carried, *arrays))
-        return loop[1], [rows(array.stack())[: rounds * steps] for array in loop[2:]]
+        loop = tf.while_loop(lambda n, *_: n < number, round_, (0, carried, *arrays))
+        return loop[1], [rows(array.stack())[: number * steps] for array in loop[2:]]
 
     whole = T // steps_of_a_round
     carried, given = rounds(0, whole, steps_of_a_round, carried)

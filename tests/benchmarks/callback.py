@@ -3,10 +3,9 @@
     python tests/benchmarks/callback.py [--quick] [--turns 40]
 
 Prints a table and writes callback.json, or on a GPU callback_gpu.json, beside this file (--quick
-leaves the file alone). Each
-variant trains its own copy of the same model; the variants take turns, one epoch each, and a ratio
-is the median over the turns of (this variant's time) / (plain fit's time in the same turn). The
-first turns, which compile, do not count.
+leaves the file alone). Each variant trains its own copy of the same model; the variants take turns,
+one epoch each, and a ratio is the median over the turns of (this variant's time) / (plain fit's
+time in the same turn). The first turns, which compile, do not count.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ PAGE = Path(__file__).with_name("README.md")
 
 
 def kept(benchmark, on_gpu: bool = False) -> dict:
-    """The figures that a benchmark keeps; nothing where it keeps none."""
+    """The figures that a benchmark keeps; of a GPU it may keep none."""
     path = report_path(benchmark.__file__, on_gpu)
-    return json.loads(path.read_text()) if path.exists() else {}
+    return {} if on_gpu and not path.exists() else json.loads(path.read_text())
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -38,9 +38,11 @@ def tables() -> dict[str, str]:
     """{name: table in Markdown} of the figures that are kept now."""
     found = {}
     for on_gpu, place in ((False, "{}"), (True, "{}, GPU")):
-        for name, report in kept(layers, on_gpu).items():
-            _, columns, row = layers.TABLES[name]
-            found[place.format(name)] = markdown(columns, map(row, report["rows"]))
+        of_layers = kept(layers, on_gpu)
+        for name, (_, columns, row) in layers.TABLES.items():
+            # Of a GPU those are kept that were measured there.
+            if name in of_layers or not on_gpu:
+                found[place.format(name)] = markdown(columns, map(row, of_layers[name]["rows"]))
         for benchmark in (memory, callback):
             if report := kept(benchmark, on_gpu):
                 rows = map(benchmark.shown, report["results"])
