@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
+from kerasgrad import devices
+
 # Between these a float32 sum of squares neither overflows nor loses what matters to underflow.
 _SMALLEST, _LARGEST = 1e-15, 1e15
 
@@ -19,17 +21,18 @@ _PRODUCTS = {"Mul": tf.raw_ops.Mul, "RealDiv": tf.raw_ops.RealDiv}
 def gradient_norms(gradients: list[tf.Tensor | tf.IndexedSlices]) -> tf.Tensor:
     """(gradients,) float64: the L2 norm of each, true for gradients of 1e-30 and of 1e30, too.
 
-    ‖g‖ is summed in float64; that of a gradient with many elements in its own precision, where that
-    is enough. Two kinds of gradients cost no pass over their elements: one that the graph has just
-    multiplied by a scalar, as clipping by a norm does, since ‖s·g‖ = |s|·‖g‖; and one with many
-    elements whose squares the graph has summed up already, again as clipping by a norm does.
+    ‖g‖ is summed in float64; without a GPU, that of a gradient with many elements in its own
+    precision, where that is enough. Two kinds of gradients cost no pass over their elements: one
+    that the graph has just multiplied by a scalar, as clipping by a norm does, since
+    ‖s·g‖ = |s|·‖g‖; and one with many elements, without a GPU, whose squares the graph has summed
+    up already, again as clipping by a norm does.
     """
     if not gradients:
         return tf.zeros([0], tf.float64)
     # What follows the sums is done for all of them at once: in a step of few milliseconds, a few
     # operations for each weight would be seen.
     bases, scalars = zip(*map(_factored, gradients), strict=True)
-    few = [i for i, base in enumerate(bases) if _has_few_elements(base)]
+    few = [i for i, base in enumerate(bases) if _is_summed_in_float64(base)]
     many = sorted({*range(len(bases))} - {*few})
     norms = _norms([tf.cast(bases[i], tf.float64) for i in few])
     if many:
@@ -68,9 +71,10 @@ def read_apart(tensor: tf.Tensor) -> tf.Tensor:
     return _PRODUCTS[tensor.op.type](x=x, y=y)
 
 
-def _has_few_elements(gradient):
+def _is_summed_in_float64(gradient):
+    # On a GPU a pass over a gradient is short, and the host would wait for what a condition says.
     elements = gradient.shape.num_elements()
-    return elements is not None and elements <= _FEW
+    return devices.on_gpu() or (elements is not None and elements <= _FEW)
 
 
 def _chosen_norms(gradients):
@@ -124,8 +128,8 @@ def _absolute_products(scalars):
         strict=True,
     )
     factors = tf.abs(_stacked([tf.reshape(s, []) for s in factors]))
-    factors = tf.where(np.equal(exponents, 1), factors, 1 / factors)
-    return tf.reduce_prod(tf.reshape(factors, [-1, longest]), axis=1)
+    powers = factors ** np.array(exponents, np.float64)
+    return tf.reduce_prod(tf.reshape(powers, [-1, longest]), axis=1)
 
 
 def _factored(tensor):

@@ -18,6 +18,7 @@ from helpers import (
     relative_error,
 )
 
+from kerasgrad import devices
 from kerasgrad.layers import loops
 from kerasgrad.layers import recurrence as recurrence_module
 from kerasgrad.layers.recurrence import gated_recurrence, is_explicit, simple_recurrence
@@ -281,7 +282,7 @@ OUTPUTS = pytest.mark.parametrize(
 def assert_steps_of_a_chunk(steps, step, most):
     """Of 100; on a GPU they are all one."""
     chunk = loops.steps_of_a_chunk(100, step, most)
-    assert chunk == (100 if loops.on_gpu() else steps)
+    assert chunk == (100 if devices.on_gpu() else steps)
 
 
 @pytest.mark.parametrize("timesteps", [4, 11], ids="T={}".format)
@@ -380,7 +381,7 @@ def test_form_for_a_gpu_gives_the_same_numbers(
     cotangent = rng.normal(size=shape if return_sequences else (BATCH, UNITS))
     states, gradients, λ = back_propagate(recurrence, arrays, cotangent, **options)
     # What is compiled for a GPU runs on any device.
-    monkeypatch.setattr(loops, "on_gpu", lambda: True)
+    monkeypatch.setattr(devices, "on_gpu", lambda: True)
     for name in ("SIMPLE_STEPS_OF_A_ROUND", "GATED_STEPS_OF_A_ROUND"):
         monkeypatch.setattr(loops, name, 4)
     for name in ("simple_recurrence", "gated_recurrence"):

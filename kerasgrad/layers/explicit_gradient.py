@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from kerasgrad.layers import loops
+from kerasgrad import devices
 from kerasgrad.layers.loops import compiled, flat, swap
 
 
@@ -124,7 +124,7 @@ def _worth_sharing(batch, units):
     # As measured on two cores: of smaller layers, both halves take as long as the whole. Not by the
     # number of cores: a training gives the same numbers on one core as on two.
     large = units >= 32 and (batch is None or batch >= 32)
-    return large and not loops.on_gpu()
+    return large and not devices.on_gpu()
 
 
 def _constants(tensors):

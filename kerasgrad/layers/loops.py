@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from kerasgrad import devices
+
 # Compiled apart from the model around them: under XLA these loops write their results in place,
 # which the same loops in a plain graph do not. (Of a tensor's argument that has a Greek name,
 # TensorFlow warns.)
@@ -39,11 +41,6 @@ UNCUT_MULTIPLICATIONS = 1_400_000
 SIMPLE_STEPS_OF_A_ROUND, GATED_STEPS_OF_A_ROUND = 4, 16
 
 
-def on_gpu() -> bool:
-    """Whether TensorFlow has a GPU, so that the loops take its form."""
-    return bool(tf.config.list_logical_devices("GPU"))
-
-
 def examples_of_a_simple_chunk(features: tf.Tensor, units: tf.Tensor) -> tf.Tensor:
     """How many examples of steps are summed up at once for ∂L/∂U and ∂L/∂W."""
     uncut = UNCUT_MULTIPLICATIONS // ((features + units) * units)
@@ -53,7 +50,7 @@ def examples_of_a_simple_chunk(features: tf.Tensor, units: tf.Tensor) -> tf.Tens
 
 def steps_of_a_chunk(T: tf.Tensor, step: tf.Tensor, most: tf.Tensor) -> tf.Tensor:
     """How many of T steps, where one is so large, and a chunk may be so large."""
-    return T if on_gpu() else tf.clip_by_value(most // tf.maximum(1, step), 1, T)
+    return T if devices.on_gpu() else tf.clip_by_value(most // tf.maximum(1, step), 1, T)
 
 
 # Forward
@@ -83,7 +80,7 @@ def forward(
         s_t = step(s, *(array[row] for array in needed))
         return s_t if mask is None else tf.where(tf.repeat(mask[t], units), s_t, s)
 
-    if on_gpu():
+    if devices.on_gpu():
         needed = of_inputs(x)
         _, s = _in_rounds(T, steps_of_a_round, lambda t, s: [after(s, t, needed, t)] * 2, s_0, 1)
         return tf.concat([s_0[tf.newaxis], s], axis=0)
@@ -142,7 +139,7 @@ def back_by_chunks(
     Returns:
         What goes on from the first step; a list of the arrays, of all T steps; and the sums.
     """
-    if on_gpu():
+    if devices.on_gpu():
         return through_chunk(0, T, from_later, *sums)
     chunks = _chunks(T, steps)
 
@@ -187,7 +184,7 @@ def back_through_steps(
         What goes on from step 0, and each array, (steps, numbers of a step); 0 of those not its
         own.
     """
-    if not on_gpu():
+    if not devices.on_gpu():
         return _back_one_by_one(steps, own, back, from_later, count)
 
     def step(t, from_later):
@@ -217,7 +214,7 @@ def back_through_elementwise_steps(
         to_earlier: (steps, numbers of a step).
         upstream: g of the steps, of the same shape, or None for 0.
     """
-    if on_gpu():
+    if devices.on_gpu():
         # λ_t = g_t + to_earlier_{t+1} ⊙ λ_{t+1}, from the last step, which has from_later.
         a = tf.concat([to_earlier[1:], tf.ones_like(to_earlier[:1])], axis=0)
         b = tf.zeros_like(a) if upstream is None else upstream

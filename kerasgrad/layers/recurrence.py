@@ -45,6 +45,7 @@ from collections.abc import Callable, Sequence
 import keras
 import tensorflow as tf
 
+from kerasgrad import devices
 from kerasgrad.layers import loops
 from kerasgrad.layers.explicit_gradient import as_tensors, with_explicit_gradient
 from kerasgrad.layers.loops import compiled, flat, rows, some_of, swap
@@ -193,7 +194,7 @@ def _simple_states(x, s_0, mask, dropout, U, W, activation, with_bias):
     def by_example(s):
         return _dropped(tf.reshape(s, tf.shape(s_0)), dropout)
 
-    if loops.on_gpu():
+    if devices.on_gpu():
         # x U of all steps ahead: a launch less at a step.
         def of_inputs(x):
             return [tf.reshape(rows(x) @ U, [tf.shape(x)[0], -1])]
@@ -223,7 +224,7 @@ def _gated_states(x, s_0, mask, kernels, activation, with_bias):
     def step(s, f, z):
         return activation(f * s + z)
 
-    if loops.on_gpu() and activation is keras.activations.linear:
+    if devices.on_gpu() and activation is keras.activations.linear:
         f, z = of_inputs(x)
         if mask is not None:
             taken = tf.repeat(mask, tf.shape(s_0)[1], axis=1)
