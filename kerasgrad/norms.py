@@ -32,12 +32,12 @@ def gradient_norms(gradients: list[tf.Tensor | tf.IndexedSlices]) -> tf.Tensor:
     # What follows the sums is done for all of them at once: in a step of few milliseconds, a few
     # operations for each weight would be seen.
     bases, scalars = zip(*map(_factored, gradients), strict=True)
-    few = [i for i, base in enumerate(bases) if _is_summed_in_float64(base)]
-    many = sorted({*range(len(bases))} - {*few})
-    norms = _norms([tf.cast(bases[i], tf.float64) for i in few])
-    if many:
-        norms = tf.concat([norms, _chosen_norms([bases[i] for i in many])], axis=0)
-        norms = tf.gather(norms, np.argsort(few + many))
+    in_float64 = [i for i, base in enumerate(bases) if _is_summed_in_float64(base)]
+    others = sorted({*range(len(bases))} - {*in_float64})
+    norms = _norms([tf.cast(bases[i], tf.float64) for i in in_float64])
+    if others:
+        norms = tf.concat([norms, _chosen_norms([bases[i] for i in others])], axis=0)
+        norms = tf.gather(norms, np.argsort(in_float64 + others))
     return norms * _absolute_products(scalars) if any(scalars) else norms
 
 

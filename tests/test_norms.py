@@ -39,12 +39,17 @@ def drawn(size, dtype, shape=(3, 5), seed=0):
     return tf.constant(np.where(np.arange(values.size).reshape(shape) % 2, values, -values), dtype)
 
 
+def take_for_many(patch, on_gpu):
+    """Each gradient, however small, is summed as one of many elements, with a GPU or without."""
+    patch.setattr(norms_module, "_FEW", 0)
+    patch.setattr(devices, "on_gpu", lambda: on_gpu)
+
+
 @pytest.fixture(params=["few", "many", "many on a GPU"])
 def _elements(request, monkeypatch):
     """With each gradient, however small, summed as one of few elements and as one of many."""
     if request.param != "few":
-        monkeypatch.setattr(norms_module, "_FEW", 0)
-    monkeypatch.setattr(devices, "on_gpu", lambda: "GPU" in request.param)
+        take_for_many(monkeypatch, on_gpu="GPU" in request.param)
 
 
 FEW_AND_MANY = pytest.mark.usefixtures("_elements")
@@ -192,8 +197,7 @@ CLIPS = {
 @pytest.mark.parametrize("mode", ["graph", "xla"])
 @pytest.mark.parametrize("clip", CLIPS)
 def test_of_a_clipped_gradient_the_squares_are_summed_up_once(clip, mode, monkeypatch):
-    monkeypatch.setattr(devices, "on_gpu", lambda: False)
-    monkeypatch.setattr(norms_module, "_FEW", 0)
+    take_for_many(monkeypatch, on_gpu=False)
     kinds = []
 
     def norms(g):
@@ -212,20 +216,18 @@ def test_of_a_clipped_gradient_the_squares_are_summed_up_once(clip, mode, monkey
     assert kinds and not {"L2Loss", "Square", "Sum"} & set(kinds)
 
 
-@pytest.mark.parametrize("is_there", [False, True])
-def test_a_gpu_need_not_wait_for_a_condition(is_there, monkeypatch):
-    monkeypatch.setattr(norms_module, "_FEW", 0)
-    monkeypatch.setattr(devices, "on_gpu", lambda: is_there)
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_gpu_need_not_wait_for_a_condition(on_gpu, monkeypatch):
+    take_for_many(monkeypatch, on_gpu)
     graph = tf.function(lambda g: gradient_norms([g]), autograph=False).get_concrete_function(
         tf.TensorSpec([3, 5], tf.float32)
     )
     conditions = [op for op in graph.graph.get_operations() if op.type in ("If", "StatelessIf")]
-    assert len(conditions) == (0 if is_there else 1)
+    assert len(conditions) == (0 if on_gpu else 1)
 
 
 def test_other_sums_are_not_taken_for_that_of_the_squares(monkeypatch):
-    monkeypatch.setattr(devices, "on_gpu", lambda: False)
-    monkeypatch.setattr(norms_module, "_FEW", 0)
+    take_for_many(monkeypatch, on_gpu=False)
     g, h = drawn(1.0, "float32", seed=7), drawn(2.0, "float32", seed=8)
 
     def norms(g, h):
